@@ -1,0 +1,156 @@
+"""Every error a user can meet, with its HTTP status and its remedy, in one place.
+
+Two families. ``RequestError`` is about one request: it becomes one JSON error body (``server/protocol.py``) and the server
+goes on serving. ``StartupError`` is about the model folder, the options or the machine: the command prints the sentence and
+exits with ``exit_code``. The text of every error says what is wrong *and* what to do about it, in one sentence.
+"""
+
+from collections.abc import Sequence
+
+
+class MiniVLLMError(Exception):
+    """Base of all errors that are meant for a user's eyes."""
+
+
+class RequestError(MiniVLLMError):
+    """One request cannot be served; the others go on.
+
+    ``status`` is the HTTP status, ``kind`` the ``type`` of the OpenAI error body, ``param`` the field that is at fault.
+    """
+
+    status = 400
+    kind = "BadRequestError"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field has a value that cannot be served."""
+
+
+class MalformedBody(RequestError):
+    """The body is not the JSON object that this route takes."""
+
+    kind = "Bad Request"
+
+
+class UnsupportedField(RequestError):
+    """A field that this server knows but does not serve, given with a value that would change the answer."""
+
+    def __init__(self, field: str, hint: str = "leave it out") -> None:
+        super().__init__(f"The field '{field}' is not supported by this server with this value; {hint}.", param=field)
+
+
+class ContextTooLong(RequestError):
+    """Prompt plus requested output do not fit into the model's context."""
+
+    def __init__(self, max_model_len: int, num_prompt: int, max_tokens: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested {max_tokens} output "
+            f"tokens and your prompt contains {num_prompt} input tokens, for a total of {num_prompt + max_tokens} tokens. "
+            "Please reduce the length of the input prompt or the number of requested output tokens.",
+            param="input_tokens",
+        )
+
+
+class UnknownModel(RequestError):
+    """The request names a model that is not served here."""
+
+    status = 404
+    kind = "NotFoundError"
+
+    def __init__(self, name: str, served: Sequence[str]) -> None:
+        shown = name if len(name) <= 100 else name[:100] + "..."
+        super().__init__(f"The model `{shown}` does not exist. This server serves: {', '.join(served)}.", param="model")
+
+
+class ForeignOrigin(RequestError):
+    """A web page of another origin tried to use the native route from somebody's browser."""
+
+    status = 403
+    kind = "Forbidden"
+
+    def __init__(self) -> None:
+        super().__init__("This route does not answer web pages of another origin; call it from its own origin or a program.")
+
+
+class PayloadTooLarge(RequestError):
+    """The body is longer than the server accepts."""
+
+    status = 413
+    kind = "Payload Too Large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is longer than the {limit_bytes} bytes that this server accepts; send less text.")
+
+
+class ServerOverloaded(RequestError):
+    """The queue is full; come back later."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__(f"The server's queue is full; retry in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+class ServerDraining(RequestError):
+    """The server was asked to stop and takes no new work."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down and takes no new requests; send the request to another server.")
+
+
+class GenerationFailed(RequestError):
+    """The engine could not finish this request, through no fault of the client."""
+
+    status = 500
+    kind = "InternalServerError"
+
+
+class EngineDead(GenerationFailed):
+    """The engine process has ended; nothing can be generated until the server is started again."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine process has ended, so this request cannot be finished; the server is stopping.")
+
+
+class StartupError(MiniVLLMError):
+    """The command cannot start; it prints the sentence and exits with ``exit_code``."""
+
+    exit_code = 2
+
+
+class InvalidOption(StartupError):
+    """An option has a value that cannot be used."""
+
+
+class ModelNotFound(StartupError):
+    """The model is neither a folder nor a name that could be fetched."""
+
+
+class BrokenModelFolder(StartupError):
+    """The folder is there, but a file in it is missing, truncated or contradicts another."""
+
+
+class PicklesOnly(StartupError):
+    """The folder has weights only in pickle files, which could run code when opened."""
+
+
+class UnsupportedModel(StartupError):
+    """The model is whole, but something in it is not served here."""
+
+
+class NotEnoughMemory(StartupError):
+    """The model or its cache does not fit into the memory it was given."""
+
+
+class PortInUse(StartupError):
+    """The address to listen on is taken or not allowed."""

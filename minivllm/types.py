@@ -1,0 +1,320 @@
+"""Every record that crosses a folder boundary.
+
+All are immutable msgspec Structs (``frozen=True, gc=False``: making one costs a tenth of a frozen dataclass, and the garbage
+collector never walks them). They hold plain ints, floats, strings and tuples: the same values are handed over in one
+process, framed as msgpack between processes, recorded to disk and replayed by tests. No tensor ever appears here.
+
+Words: a *row* is a running sequence's place in the runner (0 .. max_num_seqs - 1); a *block* holds ``block_size`` KV slots; a
+*KV slot* is one token's place in the cache; a *group* is a set of layers that share block tables; a *step* is one pass of the
+model over a batch. ``docs/architecture.md`` has the glossary.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+
+from minivllm.errors import InvalidRequest
+
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
+LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+# What a row wants of a step (RowWork.wants), as bits.
+WANT_SAMPLE = 1  # logits of the last position and a token from them
+WANT_PROMPT_LOGPROBS = 2  # logprobs of every prompt position in the chunk
+WANT_POOL = 4  # the final hidden state instead of a token
+
+
+class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
+    """How one request's tokens are chosen and where its text ends.
+
+    The only place that checks these values: every face (HTTP routes, ``LLM``, command line) builds this type, so none can skip
+    a check. Raises ``InvalidRequest`` with the field in ``param``.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: drawn on arrival, so that every request can be replayed
+    max_tokens: int | None = None  # None: as many as fit into the context
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()  # matched on text, in the text room; the engine never sees them act
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every range, then bring equal settings into one form (greedy has no top_p, seed -1 is no seed)."""
+        _check_sampling(self)
+        put = msgspec.structs.force_setattr
+        if self.temperature < GREEDY_BELOW:
+            for name, value in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                put(self, name, value)
+        elif self.temperature < LOWEST_TEMPERATURE:
+            put(self, "temperature", LOWEST_TEMPERATURE)
+        if self.top_k == -1:
+            put(self, "top_k", 0)
+        if self.seed == -1:
+            put(self, "seed", None)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+def _check_sampling(p: SamplingParams) -> None:
+    """Raise ``InvalidRequest`` naming the first field that is out of its range."""
+    for name, low, high in (
+        ("temperature", 0.0, 2.0),
+        ("min_p", 0.0, 1.0),
+        ("presence_penalty", -2.0, 2.0),
+        ("frequency_penalty", -2.0, 2.0),
+    ):
+        value = getattr(p, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, got {value}.", name)
+    if not (math.isfinite(p.top_p) and 0.0 < p.top_p <= 1.0):
+        raise InvalidRequest(f"top_p must be over 0 and at most 1, got {p.top_p}.", "top_p")
+    if not (math.isfinite(p.repetition_penalty) and p.repetition_penalty > 0.0):
+        raise InvalidRequest(f"repetition_penalty must be over 0, got {p.repetition_penalty}.", "repetition_penalty")
+    if not (-1 <= p.top_k < 2**31):
+        raise InvalidRequest(f"top_k must be 0 or -1 (all tokens) or at least 1, got {p.top_k}.", "top_k")
+    if p.seed is not None and not (-(2**63) <= p.seed < 2**63):
+        raise InvalidRequest("seed must fit into 64 bits.", "seed")
+    if p.max_tokens is not None and p.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, got {p.max_tokens}.", "max_tokens")
+    if p.min_tokens < 0 or (p.max_tokens is not None and p.min_tokens > p.max_tokens):
+        raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({p.max_tokens}), got {p.min_tokens}.", "min_tokens")
+    if any(not s for s in p.stop):
+        raise InvalidRequest("stop must not hold an empty string.", "stop")
+    if any(not 0 <= t < 2**31 for t in p.stop_token_ids):
+        raise InvalidRequest("stop_token_ids must be token ids, which are not negative.", "stop_token_ids")
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One sequence to generate, as the engine takes it: tokens in, tokens out.
+
+    ``prior_output_ids`` are tokens generated before (a replay after a crash): they count as output, not as prompt. ``fork_of``
+    names a running request of the same tokens whose blocks may be shared (n > 1, beams). ``sampling.seed`` and
+    ``sampling.max_tokens`` are set by the face that accepted the request.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    arrival_s: float  # time.monotonic() of the machine; comparable across its processes
+    prior_output_ids: tuple[int, ...] = ()
+    sample_index: int = 0
+    lora: str | None = None
+    cache_salt: str = ""  # requests of different salts never share cached blocks
+    priority: int = 0  # lower runs earlier (policy "priority")
+    tenant: str = ""
+    deadline_s: float | None = None
+    output: Literal["text", "pooled"] = "text"
+    fork_of: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no scheduler could run."""
+        if not self.prompt_ids:
+            raise InvalidRequest("The prompt is empty; send at least one token.", "prompt")
+        if self.sampling.max_tokens is None or self.sampling.seed is None:
+            raise InvalidRequest("max_tokens and seed must be set before a request reaches the engine.", "max_tokens")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scheduler -> Runner -> Scheduler
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class NewRow(msgspec.Struct, frozen=True, gc=False):
+    """A sequence takes a row: everything the runner must know of it, sent once (again after a preemption)."""
+
+    uid: int
+    row: int
+    token_ids: tuple[int, ...]  # prompt and what was generated so far
+    num_prompt: int
+    sampling: SamplingParams
+    seed: int
+    sample_index: int
+    lora_slot: int
+    block_ids: tuple[tuple[int, ...], ...]  # per KV group: every block held now
+    computed: int  # tokens whose K/V is in those blocks already
+
+
+class RowWork(msgspec.Struct, frozen=True, gc=False):
+    """What one row does in one step: the difference to the step before.
+
+    It carries no position: with drafts and overlap only the device knows it. ``draft_ids`` come from proposers on the host;
+    with a proposer on the device it stays empty and ``num_tokens`` alone says how many positions are verified.
+    """
+
+    uid: int
+    row: int
+    num_tokens: int
+    new_block_ids: tuple[tuple[int, ...], ...] = ()  # per KV group; () = none for any group
+    draft_ids: tuple[int, ...] = ()
+    wants: int = 0  # WANT_* bits
+
+
+class CopyBlock(msgspec.Struct, frozen=True, gc=False):
+    """A block to be copied on the device before the step reads it (a fork's tail)."""
+
+    src: int
+    dst: int
+    group: int = 0
+
+
+class StepPlan(msgspec.Struct, frozen=True, gc=False):
+    """One step, as deltas. The runner applies ``freed_rows``, ``new_rows``, ``copies`` and then ``work``, in this order."""
+
+    step: int
+    work: tuple[RowWork, ...]
+    new_rows: tuple[NewRow, ...] = ()
+    freed_rows: tuple[int, ...] = ()
+    copies: tuple[CopyBlock, ...] = ()
+    grammar_rows: tuple[int, ...] = ()  # rows whose sampling waits for a mask
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the body of this step computes."""
+        return sum(w.num_tokens for w in self.work)
+
+
+class StepTimes(msgspec.Struct, frozen=True, gc=False):
+    """When the runner began and ended a step, on time.monotonic()."""
+
+    launched_s: float
+    finished_s: float
+
+
+class StepResult(msgspec.Struct, frozen=True, gc=False):
+    """What a step gave, by position as in ``StepPlan.work``.
+
+    ``tokens[i]`` holds one token for a sampled row, several when drafts were accepted, none for an unfinished chunk.
+    ``bad_rows`` are positions in ``work`` whose logits were not finite.
+    """
+
+    step: int
+    tokens: tuple[tuple[int, ...], ...]
+    times: StepTimes
+    bad_rows: tuple[int, ...] = ()
+    logprobs: tuple[tuple[float, ...], ...] = ()
+    pooled: tuple[tuple[float, ...], ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engine -> faces
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """New tokens of one request; the last event of a request has a ``finish_reason``."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token that ended it, where a client asked for that token
+    num_cached: int = 0  # prompt tokens that were found in the prefix cache
+    error: str | None = None
+
+
+class FinishedTimes(msgspec.Struct, frozen=True, gc=False):
+    """The life of a finished request, for histograms. Times are on time.monotonic()."""
+
+    id: str
+    reason: FinishReason
+    num_prompt: int
+    num_cached: int
+    num_output: int
+    max_tokens: int
+    num_preemptions: int
+    arrival_s: float
+    scheduled_s: float | None  # None: never ran
+    first_token_s: float | None
+    finished_s: float
+
+
+class RowRecord(msgspec.Struct, frozen=True, gc=False):
+    """One row of one step, as it was planned."""
+
+    id: str
+    start: int  # position of the first token computed
+    num_tokens: int
+    kind: Literal["prefill", "decode"]
+
+
+class StepRecord(msgspec.Struct, frozen=True, gc=False):
+    """Everything that metrics, pages, traces and explanations know of a step. They read this and nothing else.
+
+    ``waits`` names a reason for each waiting request that was looked at; the others wait for ``rest_waits``.
+    """
+
+    step: int
+    scheduled_s: float
+    launched_s: float
+    finished_s: float
+    collected_s: float
+    rows: tuple[RowRecord, ...]
+    num_running: int
+    num_waiting: int
+    waits: tuple[tuple[str, str], ...]
+    rest_waits: str
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int  # unreferenced, findable
+    blocks_referenced: int
+    prefix_queries: int  # tokens looked up in the prefix cache since the record before
+    prefix_hits: int  # of those, tokens found
+    num_prompt_tokens: int  # prompt tokens computed in this step
+    num_output_tokens: int
+    num_preempted: int
+    ttft_s: tuple[float, ...]  # of rows whose first token came in this step
+    itl_s: tuple[float, ...]  # of the other rows that got a token
+    finished: tuple[FinishedTimes, ...]
+
+
+class EngineOutput(msgspec.Struct, frozen=True, gc=False, tag="output"):
+    """All that the engine says after a step, in one message."""
+
+    events: tuple[TokenEvent, ...]
+    record: StepRecord | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, gc=False, tag="ready"):
+    """What the engine settled on at start; known before the first request is taken."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    notes: tuple[str, ...] = ()  # choices made and why, one sentence each
+
+
+class RequestOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What a face hands to its caller: new text and tokens of one request since the output before."""
+
+    id: str
+    text: str  # new text only
+    token_ids: tuple[int, ...]  # new tokens only
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_prompt: int = 0
+    num_output: int = 0  # tokens generated so far
+    num_cached: int = 0
+    error: str | None = None
