@@ -1,0 +1,1 @@
+"""Measuring tools behind `mini-vllm bench`."""

@@ -1,0 +1,1 @@
+"""The command line: options reflected from config, one file a command."""

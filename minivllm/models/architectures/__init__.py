@@ -1,0 +1,1 @@
+"""One file per architecture family: its spec and its checkpoint names."""

@@ -1,0 +1,1 @@
+"""What happened: metrics read from StepRecords and nothing else."""

@@ -1,0 +1,1 @@
+"""How a linear layer's weights are stored and applied; one file a method."""

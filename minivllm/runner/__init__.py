@@ -1,0 +1,1 @@
+"""One device's work: rows, batches, weights, cache tensors. It computes what a plan says and decides nothing."""

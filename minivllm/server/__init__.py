@@ -1,0 +1,1 @@
+"""HTTP: routes, limits, streaming. Holds text and connections, never a tensor."""
