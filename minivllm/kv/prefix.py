@@ -1,0 +1,36 @@
+"""Keys of full blocks: equal key, equal tokens from the sequence's first one on.
+
+The key of a block is SHA-256 over the key of the block before it and its own token ids as 4-byte integers, so it names the
+whole prefix and no two different splits of numbers can look alike. The chain starts from the salt and the adapter: sequences of
+other tenants or adapters never meet. A cryptographic hash and not Python's ``hash``: with the latter, collisions can be
+constructed and one user would be answered from another's prompt (CVE-2025-25183).
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+
+
+class PrefixKeys:
+    """The keys of one sequence's full blocks, in order. Written by ``Allocator`` alone; each block is hashed once."""
+
+    def __init__(self, block_size: int, salt: str, adapter: str) -> None:
+        self._block_size = block_size
+        root = sha256()
+        for part in (salt.encode(), adapter.encode()):
+            root.update(len(part).to_bytes(8, "little"))
+            root.update(part)
+        self._root = root.digest()
+        self.keys: list[bytes] = []
+
+    def extend(self, token_ids: Sequence[int], num_blocks: int) -> list[bytes]:
+        """Make sure the first ``num_blocks`` keys are there (``token_ids`` is the sequence so far) and return all keys."""
+        size = self._block_size
+        while len(self.keys) < num_blocks:
+            start = len(self.keys) * size
+            ids = array("I", token_ids[start : start + size])
+            if len(ids) != size:
+                raise ValueError("only a full block has a key")
+            parent = self.keys[-1] if self.keys else self._root
+            self.keys.append(sha256(parent + ids.tobytes()).digest())
+        return self.keys

@@ -1,0 +1,69 @@
+"""A step while it is being planned, and what is remembered of it until its result comes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minivllm.kv.allocator import BlockIds
+from minivllm.scheduler.request import Request
+from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, StepPlan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row's work in a plan, kept until the result comes."""
+
+    request: Request
+    num_tokens: int
+    adds: int  # tokens that it may add: 0 for an unfinished chunk, more than 1 with drafts
+    prefill: bool
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A plan that was handed out and whose result is not in yet."""
+
+    plan: StepPlan
+    entries: tuple[Entry, ...]
+    rows: tuple[RowRecord, ...]
+    published: tuple[tuple[int, tuple[int, int]], ...]  # (uid, (group, block)) made findable by this plan
+    waits: tuple[tuple[str, str], ...]
+    rest_waits: str
+    scheduled_s: float
+
+
+@dataclass
+class StepDraft:
+    """The step under construction. Written by ``Scheduler.schedule`` alone."""
+
+    step: int
+    budget: int  # tokens that still fit
+    work: list[RowWork] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    rows: list[RowRecord] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)
+    copies: list[CopyBlock] = field(default_factory=list)
+    published: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+    waits: list[tuple[str, str]] = field(default_factory=list)
+    rest_waits: str = ""
+    preempted: bool = False
+
+    def add(self, request: Request, num_tokens: int, adds: int, new_blocks: BlockIds = ()) -> None:
+        """Give a row ``num_tokens`` of work, moving its ``scheduled`` and ``pending``."""
+        start, prefill = request.scheduled, request.prefilling
+        self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), WANT_SAMPLE if adds else 0))
+        self.entries.append(Entry(request, num_tokens, adds, prefill))
+        self.rows.append(RowRecord(request.spec.id, start, num_tokens, "prefill" if prefill else "decode"))
+        self.budget -= num_tokens
+        request.scheduled = start + num_tokens
+        request.pending += adds
+        request.in_flight += 1
+        request.planned_in = self.step
+
+    def finish(self, freed_rows: Sequence[int], now: float) -> Flight:
+        """Freeze the step."""
+        plan = StepPlan(
+            self.step, tuple(self.work), tuple(self.new_rows), tuple(freed_rows), tuple(self.copies)
+        )
+        return Flight(
+            plan, tuple(self.entries), tuple(self.rows), tuple(self.published), tuple(self.waits), self.rest_waits, now
+        )

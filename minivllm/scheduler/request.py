@@ -1,0 +1,84 @@
+"""One request's life, as the scheduler sees it.
+
+There is no prefill phase and no decode phase. A request has *known* tokens (prompt and what was sampled), of which the first
+``computed`` have their K/V in the cache; steps let ``computed`` chase the known ones. With overlapped steps the plans run
+ahead: ``scheduled`` counts tokens in plans already made, ``pending`` the tokens that those plans may add.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from minivllm.types import GenerateRequest
+
+NO_ROW = -1
+
+
+class RequestView(Protocol):
+    """What a policy may read of a request."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def spec(self) -> GenerateRequest: ...
+    @property
+    def claim(self) -> tuple[float, ...]: ...
+    @property
+    def num_output(self) -> int: ...
+
+
+class Request:
+    """State of one request. Written by the ``Scheduler`` alone; policies read it through ``RequestView``."""
+
+    __slots__ = (
+        "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "in_flight",
+        "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
+        "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
+    )  # fmt: skip
+
+    def __init__(self, uid: int, spec: GenerateRequest, eos_token_ids: Sequence[int], max_model_len: int) -> None:
+        sampling = spec.sampling
+        self.uid = uid
+        self.spec = spec
+        self.claim: tuple[float, ...] = ()  # lower is stronger; set by the policy
+        self.token_ids: list[int] = [*spec.prompt_ids, *spec.prior_output_ids]
+        self.num_prompt = len(spec.prompt_ids)
+        self.token_limit = min(self.num_prompt + (sampling.max_tokens or 1), max_model_len)
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_token_ids))
+        self.seed = sampling.seed or 0
+        self.row = NO_ROW
+        self.computed = 0
+        self.scheduled = 0
+        self.pending = 0  # tokens that steps in flight may add (more than one with drafts)
+        self.in_flight = 0  # steps in flight that have work for it
+        self.planned_in = -1  # the newest step that has work for it
+        self.num_known_at_start = len(self.token_ids)  # known tokens when it last began to run: all of them are prefill
+        self.cached: int | None = None  # prompt tokens found in the prefix cache when it first ran
+        self.num_preemptions = 0
+        self.failures = 0  # failed steps in a row that it was part of
+        self.overtaken = 0  # later requests admitted while it waited for blocks
+        self.blocked_at = -1  # blocks that were available when it last did not fit
+        self.fork_of: int | None = None
+        self.arrival_s = spec.arrival_s
+        self.scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s = 0.0
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def running(self) -> bool:
+        """True while it has a row."""
+        return self.row != NO_ROW
+
+    @property
+    def prefilling(self) -> bool:
+        """True while known tokens of its start are not planned yet."""
+        return self.scheduled < self.num_known_at_start
+
+    @property
+    def done_by_length(self) -> bool:
+        """True when the steps in flight will bring it to its limit, whatever they sample."""
+        return len(self.token_ids) + self.pending >= self.token_limit

@@ -1,0 +1,313 @@
+"""The scheduler's promises, one by one, with a runner that notices every mistake in blocks and positions."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from token_runner import TokenRunner, expected_tokens
+
+from minivllm.engine.engine import Engine
+from minivllm.errors import ContextTooLong, InvalidRequest
+from minivllm.kv.allocator import Allocator
+from minivllm.scheduler.scheduler import MAX_OVERTAKEN, Limits, Scheduler
+from minivllm.types import EngineInfo, GenerateRequest, SamplingParams, StepRecord, TokenEvent
+
+VOCAB = 97
+
+
+class Bench:
+    """An engine over the token runner, with everything it said."""
+
+    def __init__(self, num_blocks: int = 65, overlap: int = 0, prefix_caching: bool = True, **limits: object) -> None:
+        values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, **limits}
+        self.limits = Limits(**values)  # type: ignore[arg-type]
+        self.kv = Allocator((num_blocks,), 4, prefix_caching)
+        self.scheduler = Scheduler(self.limits, self.kv)
+        accept = np.random.default_rng(7) if self.limits.num_draft_tokens else None
+        self.runner = TokenRunner(4, num_blocks, self.limits.max_num_seqs, VOCAB, accept)
+        self.now = itertools.count()
+        info = EngineInfo(256, 8, 64, 4, num_blocks, VOCAB, self.limits.eos_token_ids, "test", "none", 0, 0, 0)
+        self.engine = Engine(self.scheduler, self.runner, info, lambda: float(next(self.now)), overlap)
+        self.events: list[TokenEvent] = []
+        self.records: list[StepRecord] = []
+        self.requests: dict[str, GenerateRequest] = {}
+
+    def add(self, name: str, prompt: tuple[int, ...], max_tokens: int = 8, **more: object) -> None:
+        sampling = {"max_tokens": max_tokens, "seed": 0, "ignore_eos": True, **more.pop("sampling", {})}  # type: ignore[dict-item]
+        request = GenerateRequest(
+            id=name, prompt_ids=prompt, sampling=SamplingParams(**sampling), arrival_s=float(next(self.now)), **more
+        )
+        self.engine.add(request)
+        self.requests[name] = request
+
+    def step(self) -> None:
+        output = self.engine.step()
+        self.engine.check()
+        if output is not None:
+            self.events += output.events
+            if output.record:
+                self.records.append(output.record)
+
+    def run(self, max_steps: int = 3000) -> None:
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def text(self, name: str) -> list[int]:
+        return [t for e in self.events if e.id == name for t in e.token_ids]
+
+    def expect_all(self) -> None:
+        for name, r in self.requests.items():
+            stop = frozenset(r.sampling.stop_token_ids)
+            expected = expected_tokens(r.prompt_ids, r.sampling.max_tokens or 0, VOCAB, r.sampling.seed or 0, stop)
+            assert self.text(name) == expected, name
+
+    def assert_idle(self) -> None:
+        assert self.kv.counts().referenced == 0
+        assert not self.engine.has_work
+
+
+def prompts(count: int, seed: int = 0, shared: int = 0) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(seed)
+    head = tuple(int(t) for t in rng.integers(0, VOCAB, shared))
+    return [head + tuple(int(t) for t in rng.integers(0, VOCAB, rng.integers(1, 30))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize("policy", ["mixed", "prefill-first", "separate"])
+@pytest.mark.parametrize("num_blocks", [65, 20])
+def test_every_schedule_gives_the_text_of_each_request_alone(overlap: int, drafts: int, policy: str, num_blocks: int) -> None:
+    bench = Bench(num_blocks, overlap, batching_policy=policy, num_draft_tokens=drafts, max_model_len=70)
+    for i, prompt in enumerate(prompts(24, shared=9)):
+        bench.add(f"r{i}", prompt, max_tokens=1 + i)
+        bench.step()
+    bench.run()
+    bench.expect_all()
+    bench.assert_idle()
+    assert sum(r.prefix_hits for r in bench.records) > 0
+    if num_blocks == 20:
+        assert sum(r.num_preempted for r in bench.records) > 0
+
+
+def test_a_long_prompt_runs_in_chunks_beside_decodes() -> None:
+    bench = Bench(max_num_batched_tokens=16)
+    bench.add("short", (1, 2, 3), 20)
+    bench.step()
+    bench.add("long", tuple(range(90)), 4)
+    bench.run()
+    bench.expect_all()
+    mixed = [r for r in bench.records if {row.kind for row in r.rows} == {"prefill", "decode"}]
+    assert len(mixed) >= 6
+    assert all(sum(row.num_tokens for row in r.rows) <= 16 for r in bench.records)
+
+
+def test_separate_never_mixes_and_prefill_first_plans_prompts_first() -> None:
+    for policy in ("separate", "prefill-first"):
+        bench = Bench(batching_policy=policy, max_num_batched_tokens=16)
+        bench.add("a", (1, 2, 3), 20)
+        bench.step()
+        bench.add("b", tuple(range(40)), 4)
+        bench.run()
+        bench.expect_all()
+        kinds = [[row.kind for row in r.rows] for r in bench.records]
+        if policy == "separate":
+            assert all(len(set(k)) <= 1 for k in kinds)
+        else:
+            assert all(k == sorted(k, reverse=True) for k in kinds)
+            assert any(len(set(k)) == 2 for k in kinds)
+
+
+def test_requests_of_one_step_share_their_prompt() -> None:
+    bench = Bench()
+    for i in range(4):
+        bench.add(f"r{i}", tuple(range(17)), 3)
+    bench.step()
+    assert bench.records[0].prefix_hits == 3 * 16
+    assert bench.kv.counts().referenced == 4 + 4  # four shared blocks, a tail for each
+    bench.run()
+    bench.expect_all()
+
+
+def test_salts_keep_tenants_apart() -> None:
+    bench = Bench()
+    bench.add("a", tuple(range(17)), 3, cache_salt="a")
+    bench.add("b", tuple(range(17)), 3, cache_salt="b")
+    bench.run()
+    assert sum(r.prefix_hits for r in bench.records) == 0
+
+
+def test_a_request_that_can_never_fit_is_refused_at_the_door() -> None:
+    bench = Bench(num_blocks=9)  # 32 tokens
+    with pytest.raises(ContextTooLong, match="32 tokens"):
+        bench.add("big", tuple(range(30)), 10)
+    bench.add("fits", tuple(range(28)), 4)
+    bench.run()
+    bench.expect_all()
+
+
+def test_an_id_is_used_once_at_a_time() -> None:
+    bench = Bench()
+    bench.add("a", (1,), 3)
+    with pytest.raises(InvalidRequest, match="id"):
+        bench.add("a", (1,), 3)
+
+
+def test_a_request_that_does_not_fit_now_neither_blocks_nor_starves() -> None:
+    bench = Bench(num_blocks=17, max_model_len=64)  # 64 tokens
+    bench.add("holder", tuple(range(20)), 40)
+    bench.step()
+    bench.add("big", tuple(range(50, 90)), 8)
+    for i in range(3 * MAX_OVERTAKEN):
+        bench.add(f"small{i}", (i % VOCAB, 1, 2), 2)
+    done: list[str] = []
+    while bench.engine.has_work:
+        bench.step()
+        done = [e.id for e in bench.events if e.finish_reason]
+    bench.expect_all()
+    before = done.index("big")
+    assert before > 0, "small requests behind it ran first"
+    assert sum(name.startswith("small") for name in done[:before]) <= MAX_OVERTAKEN + bench.limits.max_num_seqs
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_priority_orders_the_queue_and_names_the_victim(overlap: int) -> None:
+    bench = Bench(num_blocks=13, max_model_len=40, overlap=overlap, scheduling_policy="priority", max_num_seqs=2)
+    bench.add("low", tuple(range(8)), 20, priority=5)
+    bench.add("mid", tuple(range(8, 16)), 20, priority=1)
+    bench.add("high", tuple(range(16, 24)), 20, priority=0)
+    bench.run()
+    bench.expect_all()
+    finished = [e.id for e in bench.events if e.finish_reason]
+    assert finished == ["high", "mid", "low"]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_aborts_free_their_blocks_before_the_next_step(overlap: int) -> None:
+    bench = Bench(overlap=overlap)
+    for i, prompt in enumerate(prompts(12)):
+        bench.add(f"r{i}", prompt, 10)
+    for _ in range(3):
+        bench.step()
+    held = bench.kv.counts().referenced
+    bench.engine.abort([f"r{i}" for i in range(12)])
+    assert held > 0
+    assert bench.kv.counts().referenced == 0
+    bench.run()
+    bench.assert_idle()
+    assert [t.reason for r in bench.records for t in r.finished] == ["abort"] * 12
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_stop_tokens_end_a_request_and_surplus_is_dropped(overlap: int, drafts: int) -> None:
+    bench = Bench(overlap=overlap, num_draft_tokens=drafts)
+    for i, prompt in enumerate(prompts(8)):
+        bench.add(f"r{i}", prompt, 40, sampling={"stop_token_ids": tuple(range(0, VOCAB, 9))})
+    bench.run()
+    bench.expect_all()
+    last = [e for e in bench.events if e.finish_reason]
+    assert {e.finish_reason for e in last} == {"stop"}
+    assert all(e.stop_reason == e.token_ids[-1] for e in last)
+
+
+def test_min_tokens_holds_back_the_end() -> None:
+    bench = Bench(eos_token_ids=tuple(range(VOCAB)))
+    bench.add("a", (1, 2), 9, sampling={"ignore_eos": False, "min_tokens": 5})
+    bench.run()
+    assert len(bench.text("a")) == 6
+    assert bench.events[-1].stop_reason is None
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_failed_step_is_computed_again_without_a_trace(overlap: int) -> None:
+    bench = Bench(overlap=overlap)
+    bench.runner.fail_steps = {0, 5}
+    for i, prompt in enumerate(prompts(6, shared=9)):
+        bench.add(f"r{i}", prompt, 4)
+    bench.run()
+    assert not [e for e in bench.events if e.error]
+    bench.expect_all()
+    bench.assert_idle()
+
+
+def test_a_step_that_always_fails_ends_its_requests_with_an_error() -> None:
+    bench = Bench()
+    bench.runner.fail_steps = set(range(100))
+    bench.add("a", (1, 2, 3), 4)
+    bench.run()
+    assert [(e.finish_reason, bool(e.error)) for e in bench.events] == [("error", True)]
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_row_that_is_not_finite_ends_alone_and_its_readers_start_over(overlap: int) -> None:
+    bench = Bench(overlap=overlap)
+    bench.runner.bad_uids = {0}
+    for i in range(4):  # all share the poisoned prompt blocks in the very same step
+        bench.add(f"r{i}", tuple(range(17)), 5)
+    bench.run()
+    del bench.requests["r0"]
+    bench.expect_all()
+    assert [e.finish_reason for e in bench.events if e.id == "r0"] == ["error"]
+    bench.assert_idle()
+
+
+def test_a_fork_goes_on_from_its_parents_blocks() -> None:
+    bench = Bench()
+    bench.add("parent", tuple(range(10)), 12, sampling={"seed": 3})
+    for _ in range(3):
+        bench.step()
+    bench.add("child", tuple(range(10)), 12, sampling={"seed": 4}, fork_of="parent")
+    bench.step()
+    assert bench.kv.counts().referenced < 2 * bench.kv.blocks_for(12)
+    bench.run()
+    bench.expect_all()
+
+
+def test_prior_output_counts_as_output() -> None:
+    bench = Bench()
+    whole = expected_tokens((1, 2, 3), 10, VOCAB, 0, frozenset())
+    bench.add("resumed", (1, 2, 3), 10, prior_output_ids=tuple(whole[:6]))
+    bench.run()
+    assert bench.text("resumed") == whole[6:]
+
+
+def test_ledger_stamps_every_token_once() -> None:
+    bench = Bench()
+    for i, prompt in enumerate(prompts(5)):
+        bench.add(f"r{i}", prompt, 6)
+    bench.run()
+    assert sum(len(r.ttft_s) for r in bench.records) == 5
+    assert sum(len(r.itl_s) for r in bench.records) == 5 * 5
+    assert sum(r.num_output_tokens for r in bench.records) == 30
+    assert sum(r.num_prompt_tokens for r in bench.records) == sum(len(r.prompt_ids) for r in bench.requests.values()) - sum(
+        r.prefix_hits for r in bench.records
+    )
+
+
+def test_a_request_alone_in_the_pool_runs_to_its_end() -> None:
+    bench = Bench(num_blocks=9)
+    bench.add("a", tuple(range(16)), 16)
+    bench.add("b", tuple(range(50, 66)), 16)
+    bench.run()
+    bench.expect_all()
+
+
+def test_results_must_come_in_order() -> None:
+    bench = Bench()
+    bench.add("a", (1, 2, 3), 4)
+    plan = bench.scheduler.schedule(0.0)
+    assert plan is not None
+    result = bench.runner.launch(plan).result()
+    with pytest.raises(ValueError, match="oldest"):
+        bench.scheduler.apply(plan, type(result)(7, result.tokens, result.times), 0.0)
+
+
+def test_a_step_must_have_room_for_every_row() -> None:
+    make: Callable[[], Scheduler] = lambda: Scheduler(Limits(8, 7, 100), Allocator((9,), 4))  # noqa: E731
+    with pytest.raises(ValueError, match="max_num_batched_tokens"):
+        make()

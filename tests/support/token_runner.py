@@ -1,0 +1,168 @@
+"""A runner without a model that notices every mistake in block tables, positions and sharing.
+
+Its "K/V" of position p is a fingerprint of tokens 0 .. p. Computing a position checks that every earlier position's KV slot,
+read through the row's block table, holds the fingerprint of this very sequence; the sampled token is a function of the
+fingerprint alone. So any block that is shared wrongly, reused too early, published before it is written or copied from the
+wrong place raises at once or changes the text.
+"""
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
+
+from minivllm.types import WANT_SAMPLE, NewRow, RowWork, StepPlan, StepResult, StepTimes
+
+
+class Corruption(BaseException):
+    """A mistake in the plan. Not an Exception: no loop may take it for a failed step and go on."""
+
+
+def fingerprint(before: bytes, token: int) -> bytes:
+    """The "K/V" of a token after a prefix."""
+    return sha256(before + token.to_bytes(4, "little")).digest()
+
+
+def next_token(mark: bytes, vocab_size: int, seed: int) -> int:
+    """The token that follows a prefix: a function of the prefix and the seed, as with a real seeded model."""
+    return int.from_bytes(sha256(mark + seed.to_bytes(8, "little", signed=True)).digest()[:4], "little") % vocab_size
+
+
+def expected_tokens(prompt: tuple[int, ...], count: int, vocab_size: int, seed: int, stop: frozenset[int]) -> list[int]:
+    """What a sequence generates when it is alone: the meaning that every schedule must keep."""
+    mark = b""
+    for token in prompt:
+        mark = fingerprint(mark, token)
+    out: list[int] = []
+    while len(out) < count:
+        out.append(next_token(mark, vocab_size, seed))
+        if out[-1] in stop:
+            break
+        mark = fingerprint(mark, out[-1])
+    return out
+
+
+@dataclass
+class _Row:
+    uid: int
+    seed: int
+    tokens: list[int]
+    blocks: list[int]
+    computed: int
+    broken: bool = False  # a failed step left it behind; whatever it gives must never be used
+
+
+@dataclass
+class _Pending:
+    """A step whose result is asked for later; it was computed when launched, as a device's queue would."""
+
+    outcome: StepResult | Exception
+
+    def sample(self, masks: None = None) -> None:
+        """Nothing is left to do."""
+
+    def result(self) -> StepResult:
+        """The result, or the failure."""
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass
+class TokenRunner:
+    """The device of the tests. Written by ``launch`` alone."""
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    vocab_size: int = 97
+    accept: np.random.Generator | None = None  # draws how many drafts are accepted
+    fail_steps: set[int] = field(default_factory=set)
+    bad_uids: set[int] = field(default_factory=set)
+    rows: dict[int, _Row] = field(default_factory=dict)
+    slots: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    steps: int = 0
+
+    def launch(self, plan: StepPlan) -> _Pending:
+        """Compute a step in stream order."""
+        for row in plan.freed_rows:
+            self.rows.pop(row, None)
+        for new in plan.new_rows:
+            self._add(new)
+        for copy in plan.copies:
+            for offset in range(self.block_size):
+                if (copy.src, offset) in self.slots:
+                    self.slots[copy.dst, offset] = self.slots[copy.src, offset]
+        self.steps += 1
+        if plan.step in self.fail_steps:
+            for work in plan.work:  # what a broken step leaves behind is garbage
+                row = self.rows[work.row]
+                row.broken = True
+                row.blocks += [b for group in work.new_block_ids for b in group]
+                for position in range(row.computed, min(row.computed + work.num_tokens, len(row.blocks) * self.block_size)):
+                    self.slots[self._slot(row, position)] = b"garbage"
+            return _Pending(RuntimeError("the device broke this step"))
+        # All rows write before any row reads, as in every layer of a real step.
+        try:
+            whole = [not self.rows[work.row].broken for work in plan.work]
+            spans = [self._write(work) if ok else (0, 0) for work, ok in zip(plan.work, whole, strict=True)]
+            tokens = [
+                self._read(work, span) if ok else (-1,) for work, span, ok in zip(plan.work, spans, whole, strict=True)
+            ]
+        except (IndexError, KeyError) as error:
+            raise Corruption("the plan does not fit the rows") from error
+        bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_uids]
+        return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad)))
+
+    def _add(self, new: NewRow) -> None:
+        if new.row in self.rows or not 0 <= new.row < self.max_num_seqs:
+            raise Corruption(f"row {new.row} is taken or does not exist")
+        (blocks,) = new.block_ids
+        if not all(0 < b < self.num_blocks for b in blocks):
+            raise Corruption("a block id outside the pool")
+        self.rows[new.row] = _Row(new.uid, new.seed, list(new.token_ids), list(blocks), new.computed)
+
+    def _slot(self, row: _Row, position: int) -> tuple[int, int]:
+        return row.blocks[position // self.block_size], position % self.block_size
+
+    def _true_token(self, row: _Row, position: int, marks: list[bytes]) -> int:
+        """The token at a position: known, or the one that a perfect draft would propose."""
+        return row.tokens[position] if position < len(row.tokens) else next_token(marks[-1], self.vocab_size, row.seed)
+
+    def _write(self, work: RowWork) -> tuple[int, int]:
+        row = self.rows[work.row]
+        if row.uid != work.uid:
+            raise Corruption("work for a row that holds another request")
+        row.blocks += [b for group in work.new_block_ids for b in group]
+        start, end = row.computed, row.computed + work.num_tokens
+        marks = [b""]
+        for position in range(end):
+            marks.append(fingerprint(marks[-1], self._true_token(row, position, marks)))
+            if position >= start:
+                good = work.uid not in self.bad_uids
+                self.slots[self._slot(row, position)] = marks[-1] if good else b"not finite"
+        return start, end
+
+    def _read(self, work: RowWork, span: tuple[int, int]) -> tuple[int, ...]:
+        row, (_, end) = self.rows[work.row], span
+        marks = [b""]
+        for position in range(end):
+            marks.append(fingerprint(marks[-1], self._true_token(row, position, marks)))
+            slot = self.slots.get(self._slot(row, position))
+            if slot == b"garbage":
+                row.broken = True  # launched before anybody could know that the step before it broke
+                return (-1,)
+            if work.uid not in self.bad_uids and slot not in (marks[-1], b"not finite"):
+                raise Corruption(f"row {work.row} reads foreign K/V at position {position}")
+        if not work.wants & WANT_SAMPLE:
+            row.computed = end
+            return ()
+        known = len(row.tokens)
+        drafts = max(0, end - known)
+        accepted = int(self.accept.integers(0, drafts + 1)) if self.accept is not None else 0
+        row.computed = end - (drafts - accepted)
+        for position in range(row.computed, end):
+            self.slots[self._slot(row, position)] = b"rejected draft"
+        new = [next_token(marks[known + i], self.vocab_size, row.seed) for i in range(accepted + 1)]
+        row.tokens += new
+        return tuple(new)
