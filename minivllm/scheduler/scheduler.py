@@ -354,19 +354,23 @@ class Scheduler:
         return None, None, len(tokens)
 
     def _fail_rows(self, bad: list[Entry], flight: Flight, now: float, events: list[TokenEvent]) -> None:
-        """Rows whose logits were not finite: end them, take their blocks out of the cache, and let whoever shares a block
-        written since start over."""
+        """Rows whose logits were not finite. Who wrote such K/V ends; who only shares a block that it wrote since (and so may
+        have read it in this very step) starts over; nothing that either of them wrote stays findable."""
+        written_by = {block: uid for f in (flight, *self._flights) for uid, block in f.published}
+        suspects = {e.request.uid for e in bad if self._live.get(e.request.uid) is e.request}
         poisoned: set[tuple[int, int]] = set()
-        for entry in bad:
-            request = entry.request
-            if self._live.get(request.uid) is not request:
-                continue
-            poisoned.update(b for f in (flight, *self._flights) for uid, b in f.published if uid == request.uid)
-            self._kv.unpublish(self._kv.held_blocks(request.uid))
+        for uid in sorted(suspects):
+            held = self._kv.held_blocks(uid)
+            if any(written_by.get(block, uid) in suspects - {uid} for block in held):
+                continue  # it read another suspect's block: it may be innocent
+            poisoned.update(block for block, writer in written_by.items() if writer == uid)
+            self._kv.unpublish(held)
+            request = self._live[uid]
             message = "The model gave numbers that are not finite for this request; it was ended."
             events.append(TokenEvent(request.spec.id, (), "error", error=message))
             self._end(request, "error", now)
         for uid in self._kv.holders(poisoned):
+            self._kv.unpublish(block for block, writer in written_by.items() if writer == uid)
             self._restart(self._live[uid])
 
     def fail(self, message: str, now: float) -> EngineOutput:

@@ -256,6 +256,20 @@ def test_a_row_that_is_not_finite_ends_alone_and_its_readers_start_over(overlap:
     bench.assert_idle()
 
 
+def test_what_a_reader_of_broken_blocks_wrote_is_not_found_either() -> None:
+    bench = Bench()
+    bench.runner.bad_uids = {0}
+    head, longer = tuple(range(17)), tuple(range(33))
+    bench.add("bad", head, 5)
+    bench.add("reader", longer, 5)
+    bench.run()
+    bench.add("later", longer, 5)
+    bench.run()
+    del bench.requests["bad"]
+    bench.expect_all()
+    assert {e.id for e in bench.events if e.error} == {"bad"}
+
+
 def test_a_fork_goes_on_from_its_parents_blocks() -> None:
     bench = Bench()
     bench.add("parent", tuple(range(10)), 12, sampling={"seed": 3})

@@ -79,6 +79,7 @@ class TokenRunner:
     accept: np.random.Generator | None = None  # draws how many drafts are accepted
     fail_steps: set[int] = field(default_factory=set)
     bad_uids: set[int] = field(default_factory=set)
+    bad_now: set[int] = field(default_factory=set)
     rows: dict[int, _Row] = field(default_factory=dict)
     slots: dict[tuple[int, int], bytes] = field(default_factory=dict)
     steps: int = 0
@@ -106,12 +107,13 @@ class TokenRunner:
         try:
             whole = [not self.rows[work.row].broken for work in plan.work]
             spans = [self._write(work) if ok else (0, 0) for work, ok in zip(plan.work, whole, strict=True)]
+            self.bad_now = {work.uid for work in plan.work if work.uid in self.bad_uids}
             tokens = [
                 self._read(work, span) if ok else (-1,) for work, span, ok in zip(plan.work, spans, whole, strict=True)
             ]
         except (IndexError, KeyError) as error:
             raise Corruption("the plan does not fit the rows") from error
-        bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_uids]
+        bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_now]
         return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad)))
 
     def _add(self, new: NewRow) -> None:
@@ -144,7 +146,7 @@ class TokenRunner:
         return start, end
 
     def _read(self, work: RowWork, span: tuple[int, int]) -> tuple[int, ...]:
-        row, (_, end) = self.rows[work.row], span
+        row, end = self.rows[work.row], span[1]
         marks = [b""]
         for position in range(end):
             marks.append(fingerprint(marks[-1], self._true_token(row, position, marks)))
@@ -152,7 +154,14 @@ class TokenRunner:
             if slot == b"garbage":
                 row.broken = True  # launched before anybody could know that the step before it broke
                 return (-1,)
-            if work.uid not in self.bad_uids and slot not in (marks[-1], b"not finite"):
+            if slot == b"not finite" or work.uid in self.bad_uids:  # whoever reads it gets the same
+                self.bad_now.add(work.uid)
+                for written in range(span[0], end):
+                    self.slots[self._slot(row, written)] = b"not finite"
+                row.tokens += [0] * (row.computed + work.num_tokens + 1 - len(row.tokens))
+                row.computed = end
+                return (-1,)
+            if slot != marks[-1]:
                 raise Corruption(f"row {work.row} reads foreign K/V at position {position}")
         if not work.wants & WANT_SAMPLE:
             row.computed = end

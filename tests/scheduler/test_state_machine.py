@@ -1,0 +1,223 @@
+"""Scheduler and KV bookkeeping as a state machine: anything may happen in any order, and every invariant holds after each move.
+
+Hypothesis draws additions, steps, late results, aborts, forks, failed steps, rows that are not finite and option sets. The
+token runner checks at every step that each row reads its own K/V, so the publishing rules are proved by what is read, not by
+how it is done. ``MINIVLLM_STATE_MACHINE_EXAMPLES`` makes it longer than in a normal test run.
+"""
+
+import os
+from collections import deque
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from token_runner import TokenRunner, expected_tokens
+
+from minivllm.errors import ContextTooLong
+from minivllm.kv.allocator import Allocator
+from minivllm.scheduler.scheduler import Limits, Scheduler
+from minivllm.types import EngineOutput, GenerateRequest, SamplingParams
+
+VOCAB = 31
+BLOCK = 4
+HEADS = ((), tuple(range(9)), tuple(range(16)), (5,) * 21)  # prompts share these beginnings
+EXAMPLES = int(os.environ.get("MINIVLLM_STATE_MACHINE_EXAMPLES", "150"))
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random lives of random requests over a small pool."""
+
+    @initialize(
+        num_blocks=st.integers(12, 40),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(12, 40),
+        drafts=st.sampled_from((0, 0, 1, 4)),
+        depth=st.integers(0, 2),
+        batching=st.sampled_from(("mixed", "prefill-first", "separate")),
+        scheduling=st.sampled_from(("fcfs", "priority")),
+        caching=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def start(
+        self, num_blocks: int, max_num_seqs: int, budget: int, drafts: int, depth: int, batching: str, scheduling: str,
+        caching: bool, seed: int,
+    ) -> None:  # fmt: skip
+        budget = max(budget, max_num_seqs * (1 + drafts))
+        limits = Limits(max_num_seqs, budget, 64, (3,), batching, scheduling, drafts)
+        self.kv = Allocator((num_blocks,), BLOCK, caching)
+        self.scheduler = Scheduler(limits, self.kv)
+        self.runner = TokenRunner(BLOCK, num_blocks, max_num_seqs, VOCAB, np.random.default_rng(seed) if drafts else None)
+        self.depth = depth
+        self.flights: deque = deque()
+        self.now = 0.0
+        self.asked: dict[str, GenerateRequest] = {}
+        self.got: dict[str, list[int]] = {}
+        self.ends: dict[str, str] = {}
+        self.aborted: set[str] = set()
+        self.poisoned: set[str] = set()
+
+    # -- moves -----------------------------------------------------------------------------------------------------------
+
+    def _add(self, request: GenerateRequest) -> None:
+        try:
+            self.scheduler.add(request)
+        except ContextTooLong:
+            total = len(request.prompt_ids) + (request.sampling.max_tokens or 0)
+            assert total > min(64, self.kv.capacity_tokens)
+            return
+        self.asked[request.id] = request
+        self.got[request.id] = []
+
+    @rule(
+        head=st.sampled_from(HEADS), tail=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 20), salt=st.sampled_from(("", "", "other")), priority=st.integers(0, 2),
+        eos=st.booleans(), seed=st.integers(0, 2),
+    )  # fmt: skip
+    def add(
+        self, head: tuple[int, ...], tail: list[int], max_tokens: int, salt: str, priority: int, eos: bool, seed: int
+    ) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=not eos)
+        name = f"r{len(self.asked)}"
+        prompt = head + tuple(tail)
+        self._add(
+            GenerateRequest(
+                id=name, prompt_ids=prompt, sampling=sampling, arrival_s=self.now, cache_salt=salt, priority=priority
+            )
+        )
+
+    @precondition(lambda self: self._open())
+    @rule(pick=st.integers(0, 1 << 30), seed=st.integers(3, 5), more=st.integers(1, 8))
+    def fork(self, pick: int, seed: int, more: int) -> None:
+        parent = self.asked[self._pick(pick)]
+        prior = parent.prior_output_ids + tuple(self.got[parent.id])
+        sampling = SamplingParams(max_tokens=len(prior) + more, seed=seed, ignore_eos=True)
+        self._add(
+            GenerateRequest(
+                id=f"r{len(self.asked)}",
+                prompt_ids=parent.prompt_ids,
+                prior_output_ids=prior,
+                sampling=sampling,
+                arrival_s=self.now,
+                cache_salt=parent.cache_salt,
+                fork_of=parent.id,
+            )
+        )
+
+    @precondition(lambda self: self._open())
+    @rule(pick=st.integers(0, 1 << 30))
+    def abort(self, pick: int) -> None:
+        name = self._pick(pick)
+        assert self.scheduler.abort([name], self.now) == 1
+        self.aborted.add(name)
+
+    @precondition(lambda self: len(self.flights) <= self.depth)
+    @rule(fails=st.integers(0, 19))
+    def plan(self, fails: int) -> None:
+        self._plan(fails == 0)
+
+    @precondition(lambda self: self.flights)
+    @rule()
+    def collect(self) -> None:
+        self._collect()
+
+    @rule(steps=st.integers(1, 6))
+    def run_a_little(self, steps: int) -> None:
+        for _ in range(steps):
+            self._turn()
+
+    @precondition(lambda self: self._open())
+    @rule(pick=st.integers(0, 1 << 30))
+    def poison(self, pick: int) -> None:
+        """The model gives numbers that are not finite for one running request."""
+        name = self._pick(pick)
+        request = self.scheduler._by_id[name]
+        if not request.in_flight and request.running:
+            self.runner.bad_uids.add(request.uid)
+            self.poisoned.add(name)
+
+    # -- what the moves are made of --------------------------------------------------------------------------------------
+
+    def _open(self) -> list[str]:
+        return [name for name in self.asked if name not in self.ends and name not in self.aborted]
+
+    def _pick(self, pick: int) -> str:
+        names = self._open()
+        return names[pick % len(names)]
+
+    def _plan(self, fails: bool = False) -> bool:
+        self.now += 1.0
+        plan = self.scheduler.schedule(self.now)
+        if plan is None:
+            assert self.flights or not self._open(), "nothing is in flight and something could run, but nothing runs"
+            return False
+        assert sum(w.num_tokens for w in plan.work) <= self.scheduler.limits.max_num_batched_tokens
+        if fails:
+            self.runner.fail_steps.add(plan.step)
+        self.flights.append((plan, self.runner.launch(plan)))
+        return True
+
+    def _collect(self) -> None:
+        self.now += 1.0
+        plan, pending = self.flights.popleft()
+        try:
+            result = pending.result()
+        except RuntimeError:
+            self.flights.clear()
+            self._note(self.scheduler.fail("broken", self.now))
+            return
+        self._note(self.scheduler.apply(plan, result, self.now))
+
+    def _turn(self) -> None:
+        planned = self._plan()
+        if self.flights and (not planned or len(self.flights) > self.depth):
+            self._collect()
+
+    def _note(self, output: EngineOutput) -> None:
+        for event in output.events:
+            assert event.id not in self.ends, "an event after the end"
+            assert event.id not in self.aborted, "an event after an abort"
+            self.got[event.id] += event.token_ids
+            if event.finish_reason:
+                self.ends[event.id] = event.finish_reason
+
+    # -- what must hold --------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def _expected(self, request: GenerateRequest) -> list[int]:
+        stop = frozenset() if request.sampling.ignore_eos else frozenset((3,))
+        known = request.prompt_ids + request.prior_output_ids
+        count = (request.sampling.max_tokens or 0) - len(request.prior_output_ids)
+        return expected_tokens(known, count, VOCAB, request.sampling.seed or 0, stop)
+
+    def teardown(self) -> None:
+        """Everything comes to its end, with the text that each request has alone."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.has_work:
+                break
+            self._turn()
+            self.scheduler.check()
+        assert not self.scheduler.has_work, "it does not come to an end"
+        assert self.kv.counts().referenced == 0
+        for name, request in self.asked.items():
+            expected = self._expected(request)
+            if name in self.aborted or self.ends[name] == "error":
+                assert self.got[name] == expected[: len(self.got[name])]
+            else:
+                assert self.got[name] == expected
+                assert self.ends[name] in ("stop", "length")
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
