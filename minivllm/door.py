@@ -1,0 +1,45 @@
+"""What every face does before a request, or a model, reaches the engine: one place, so no face can skip a check."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from minivllm.config import Config
+from minivllm.errors import ContextTooLong, InvalidRequest
+from minivllm.models.hub import fetch_model
+from minivllm.types import SamplingParams
+
+
+def settle(sampling: SamplingParams, num_prompt: int, max_model_len: int, drawn_seed: int) -> SamplingParams:
+    """Fill in what depends on the prompt and the moment: the output limit and the seed. Raises ``ContextTooLong`` when prompt
+    and output do not fit the context."""
+    max_tokens = sampling.max_tokens if sampling.max_tokens is not None else max(max_model_len - num_prompt, 1)
+    if num_prompt + max_tokens > max_model_len:
+        raise ContextTooLong(max_model_len, num_prompt, max_tokens)
+    seed = sampling.seed if sampling.seed is not None else drawn_seed
+    return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise ``InvalidRequest`` for a prompt that no model could take."""
+    if not prompt_ids:
+        raise InvalidRequest("The prompt is empty; send at least one token.", "prompt")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        raise InvalidRequest(f"The prompt holds token ids outside the vocabulary of {vocab_size} tokens.", "prompt")
+
+
+def locate(config: Config) -> tuple[Config, Path]:
+    """Fetch the model if need be: the options with ``model`` as a local folder, and that folder. Raises ``StartupError``."""
+    names = config.served_names
+    weights = config.model.load_format != "dummy"
+    folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=weights)
+    return replace(config, model=replace(config.model, model=str(folder), served_model_name=names)), folder
+
+
+def tokenizer_folder(config: Config, model_folder: Path) -> Path:
+    """Where the tokenizer's files are."""
+    if config.model.tokenizer is None:
+        return model_folder
+    return fetch_model(config.model.tokenizer, None, config.model.download_dir, weights=False)

@@ -1,0 +1,126 @@
+"""``LLM``: generate from a Python program, in this process, a batch at a time.
+
+The same engine, scheduler and text room as the server's, without processes and event loops: what a script, a notebook or a
+test wants.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.config import make_config
+from minivllm.door import check_prompt, locate, settle, tokenizer_folder
+from minivllm.engine.build import build_engine
+from minivllm.engine.engine import Engine
+from minivllm.errors import GenerationFailed
+from minivllm.text.outputs import OutputProcessor
+from minivllm.text.tokenizer import Tokenizer, load_tokenizer
+from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams, StepRecord
+
+
+@dataclass
+class Completion:
+    """A prompt and what was generated for it. Written by ``LLM.generate`` until it returns."""
+
+    prompt: str | None  # None when it was given as token ids
+    prompt_ids: tuple[int, ...]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+
+
+class LLM:
+    """A model ready to generate. Written by the thread that calls it."""
+
+    def __init__(self, model: str | None = None, *, engine: Engine | None = None, **options: Any) -> None:
+        """Load a model (a folder or a hub name; none: the bundled one). ``options`` are those of ``mini-vllm serve``. An
+        ``engine`` that was built elsewhere is used as it is. Raises ``StartupError``."""
+        config = make_config(**options, **({"model": model} if model is not None else {}))
+        config, folder = locate(config)
+        self.config = config
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder(config, folder), config.model.chat_template)
+        self.engine = engine or build_engine(config)
+        self.on_record: Callable[[StepRecord], None] | None = None
+        self._seeds = random.Random(config.model.seed)
+        self._next_id = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on at start."""
+        return self.engine.info
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Generate for all prompts as one changing batch; results come in the order of the prompts.
+
+        ``sampling`` is one for all or one for each. ``progress`` is called with the number of new tokens after each step.
+        Raises ``RequestError`` before anything runs when a prompt or its sampling cannot be served, ``GenerationFailed`` when
+        the engine could not finish.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        outputs = OutputProcessor(self.tokenizer)
+        requests, done = [], {}
+        for prompt, params in zip(prompts, each, strict=True):
+            request = self._request(prompt, params)
+            requests.append(request)
+            done[request.id] = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
+        try:
+            for request in requests:
+                self.engine.add(request)
+                outputs.add(request.id, request.prompt_ids, request.sampling)
+            self._run(outputs, done, progress)
+        except BaseException:
+            self.engine.abort(list(done))
+            raise
+        return list(done.values())
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerateRequest:
+        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        check_prompt(ids, self.info.vocab_size)
+        self._next_id += 1
+        return GenerateRequest(
+            id=f"local-{self._next_id}",
+            prompt_ids=ids,
+            sampling=settle(params, len(ids), self.info.max_model_len, self._seeds.getrandbits(63)),
+            arrival_s=time.monotonic(),
+        )
+
+    def _run(
+        self, outputs: OutputProcessor, done: dict[str, Completion], progress: Callable[[int], None] | None
+    ) -> None:
+        while self.engine.has_work:
+            message = self.engine.step()
+            if message is None:
+                continue
+            if message.record is not None and self.on_record is not None:
+                self.on_record(message.record)
+            news, to_abort = outputs.process(message.events)
+            self.engine.abort(to_abort)
+            for output in news:
+                _extend(done[output.id], output)
+            if progress is not None:
+                progress(sum(len(e.token_ids) for e in message.events))
+
+    def close(self) -> None:
+        """Let the engine and its memory go."""
+        del self.engine
+
+
+def _extend(completion: Completion, output: RequestOutput) -> None:
+    if output.finish_reason == "error":
+        raise GenerationFailed(output.error or "The engine could not compute this request; try it again.")
+    completion.text += output.text
+    completion.token_ids += output.token_ids
+    completion.finish_reason = output.finish_reason
+    completion.stop_reason = output.stop_reason
+    completion.num_cached = output.num_cached
