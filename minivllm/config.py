@@ -112,6 +112,9 @@ class ServerConfig:
     header_timeout_s: Annotated[float, Opt("Time for a client to send its headers.", low=0.1, common=False)] = 10.0
     body_timeout_s: Annotated[float, Opt("Time for a client to send its body.", low=0.1, common=False)] = 60.0
     keep_alive_timeout_s: Annotated[float, Opt("Time an idle connection is kept.", low=0.1, common=False)] = 5.0
+    write_timeout_s: Annotated[
+        float, Opt("Time a client may leave its reply unread before the connection is closed.", low=0.1, common=False)
+    ] = 300.0
     max_waiting_requests: Annotated[int, Opt("Requests taken in at once; more are answered 503.", low=1)] = 4096
     shutdown_timeout_s: Annotated[
         float, Opt("After SIGTERM, time for running requests to finish.", low=0.0, flags=("--shutdown-timeout",))

@@ -87,6 +87,36 @@ class PayloadTooLarge(RequestError):
         super().__init__(f"The request body is longer than the {limit_bytes} bytes that this server accepts; send less text.")
 
 
+class UnsupportedEncoding(RequestError):
+    """The body is compressed; unpacking what a stranger packed has no bound."""
+
+    status = 415
+    kind = "Unsupported Media Type"
+
+    def __init__(self) -> None:
+        super().__init__("Compressed request bodies are not accepted; send the body without Content-Encoding.")
+
+
+class HeadersTooLong(RequestError):
+    """Request line and headers are longer than the server accepts."""
+
+    status = 431
+    kind = "Request Header Fields Too Large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"Request line and headers are longer than the {limit_bytes} bytes accepted here; send fewer headers.")
+
+
+class RequestTooSlow(RequestError):
+    """Headers or body did not arrive within their time."""
+
+    status = 408
+    kind = "Request Timeout"
+
+    def __init__(self, part: str, limit_s: float) -> None:
+        super().__init__(f"The request's {part} did not arrive within {limit_s:g} s; send the request again.")
+
+
 class ServerOverloaded(RequestError):
     """The queue is full; come back later."""
 
@@ -120,6 +150,16 @@ class EngineDead(GenerationFailed):
 
     def __init__(self) -> None:
         super().__init__("The engine process has ended, so this request cannot be finished; the server is stopping.")
+
+
+class ServerStopped(GenerationFailed):
+    """The server ended before the request did."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+    def __init__(self) -> None:
+        super().__init__("The server was stopped before this request was finished; send it again to another server.")
 
 
 class StartupError(MiniVLLMError):

@@ -18,6 +18,7 @@ from minivllm.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
 LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
+MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 500 bytes a character
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -95,6 +96,8 @@ def _check_sampling(p: SamplingParams) -> None:
         raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({p.max_tokens}), got {p.min_tokens}.", "min_tokens")
     if any(not s for s in p.stop):
         raise InvalidRequest("stop must not hold an empty string.", "stop")
+    if sum(map(len, p.stop)) > MAX_STOP_CHARS:
+        raise InvalidRequest(f"stop may hold at most {MAX_STOP_CHARS} characters in all.", "stop")
     if any(not 0 <= t < 2**31 for t in p.stop_token_ids):
         raise InvalidRequest("stop_token_ids must be token ids, which are not negative.", "stop_token_ids")
 

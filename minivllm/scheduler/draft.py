@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from minivllm.kv.allocator import BlockIds
 from minivllm.scheduler.request import Request
 from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, StepPlan
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One row's work in a plan, kept until the result comes."""
 
     request: Request
@@ -49,7 +50,8 @@ class StepDraft:
 
     def add(self, request: Request, num_tokens: int, adds: int, new_blocks: BlockIds = ()) -> None:
         """Give a row ``num_tokens`` of work, moving its ``scheduled`` and ``pending``."""
-        start, prefill = request.scheduled, request.prefilling
+        start = request.scheduled
+        prefill = start < request.num_known_at_start
         self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), WANT_SAMPLE if adds else 0))
         self.entries.append(Entry(request, num_tokens, adds, prefill))
         self.rows.append(RowRecord(request.spec.id, start, num_tokens, "prefill" if prefill else "decode"))

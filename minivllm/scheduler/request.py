@@ -32,7 +32,7 @@ class Request:
     __slots__ = (
         "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "in_flight",
         "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
-        "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
+        "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: int, spec: GenerateRequest, eos_token_ids: Sequence[int], max_model_len: int) -> None:
@@ -46,6 +46,7 @@ class Request:
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_token_ids))
         self.seed = sampling.seed or 0
         self.row = NO_ROW
+        self.room = 0  # tokens that its blocks hold
         self.computed = 0
         self.scheduled = 0
         self.pending = 0  # tokens that steps in flight may add (more than one with drafts)
@@ -77,8 +78,3 @@ class Request:
     def prefilling(self) -> bool:
         """True while known tokens of its start are not planned yet."""
         return self.scheduled < self.num_known_at_start
-
-    @property
-    def done_by_length(self) -> bool:
-        """True when the steps in flight will bring it to its limit, whatever they sample."""
-        return len(self.token_ids) + self.pending >= self.token_limit

@@ -171,16 +171,19 @@ class Scheduler:
 
     def _plan_decodes(self, draft: StepDraft) -> None:
         """One token (and drafts) for every row whose prompt is done, strongest claim first."""
-        for request in list(self._running):
-            if not request.running or request.prefilling or request.planned_in == draft.step or request.done_by_length:
+        step, drafts = draft.step, self.limits.num_draft_tokens
+        for r in list(self._running):
+            if r.row == NO_ROW or r.scheduled < r.num_known_at_start or r.planned_in == step:
                 continue
-            room = request.token_limit - len(request.token_ids) - request.pending
-            count = min(1 + self.limits.num_draft_tokens, room)
+            left = r.token_limit - len(r.token_ids) - r.pending  # 0: steps in flight bring it to its end
+            count = min(1 + drafts, left)
             if count > draft.budget:
                 return
-            blocks = self._make_room(request, request.scheduled + count, draft)
-            if blocks is not None:
-                draft.add(request, count, count, blocks)
+            blocks: BlockIds | None = ()
+            if count and r.scheduled + count > r.room:
+                blocks = self._make_room(r, r.scheduled + count, draft)
+            if count and blocks is not None:
+                draft.add(r, count, count, blocks)
 
     def _make_room(self, request: Request, num_tokens: int, draft: StepDraft) -> BlockIds | None:
         """Blocks for ``num_tokens`` tokens of a running request, preempting others with less claim; None when it is itself
@@ -193,13 +196,14 @@ class Scheduler:
             self._preempt(victim, draft)
             if victim is request:
                 return None
+        request.room = self._kv.blocks_for(num_tokens) * self._kv.block_size
         return blocks
 
     def _preempt(self, request: Request, draft: StepDraft) -> None:
         """Blocks and row go back; the tokens stay. Results in flight are still appended before it runs again."""
         self._give_up_row(request)
         self._kv.release(request.uid)
-        request.computed = request.scheduled = 0
+        request.computed = request.scheduled = request.room = 0
         request.num_preemptions += 1
         request.blocked_at = -1
         self._ledger.num_preempted += 1
@@ -284,6 +288,7 @@ class Scheduler:
         request.row = row
         request.num_known_at_start = len(request.token_ids)
         request.computed = request.scheduled = admission.computed
+        request.room = len(admission.block_ids[0]) * self._kv.block_size
         self._ledger.lookup(len(request.token_ids), admission.computed)
         if request.cached is None:
             request.cached = min(admission.computed, request.num_prompt)
@@ -335,8 +340,7 @@ class Scheduler:
             return
         reason, stop_reason, kept = self._append(request, tokens)
         self._ledger.tokens(request, kept, now)
-        new_ids = tuple(request.token_ids[-kept:])
-        events.append(TokenEvent(request.spec.id, new_ids, reason, stop_reason, request.cached or 0))
+        events.append(TokenEvent(request.spec.id, tuple(tokens[:kept]), reason, stop_reason, request.cached or 0))
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
         if reason is not None:
@@ -344,12 +348,12 @@ class Scheduler:
 
     def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason | None, int | None, int]:
         """Add tokens until one ends the request: (why it ended, the stop token asked for, tokens added)."""
-        sampling = request.spec.sampling
+        known, stop_ids, limit = request.token_ids, request.stop_ids, request.token_limit
         for kept, token in enumerate(tokens, start=1):
-            request.token_ids.append(token)
-            if token in request.stop_ids and request.num_output > sampling.min_tokens:
-                return "stop", token if token in sampling.stop_token_ids else None, kept
-            if len(request.token_ids) >= request.token_limit:
+            known.append(token)
+            if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
+                return "stop", token if token in request.spec.sampling.stop_token_ids else None, kept
+            if len(known) >= limit:
                 return "length", None, kept
         return None, None, len(tokens)
 
