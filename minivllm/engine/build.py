@@ -8,7 +8,8 @@ from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
 from minivllm.parallel.executor import LocalExecutor
 from minivllm.runner.build import build_runner
-from minivllm.scheduler.scheduler import Limits, Scheduler
+from minivllm.scheduler.book import Limits
+from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo
 
 

@@ -57,8 +57,8 @@ class Ledger:
     def record(
         self, flight: Flight | None, times: StepTimes, queues: tuple[int, int], blocks: PoolCounts, now: float
     ) -> StepRecord:
-        """The counts as a record. ``queues`` is (running, waiting); ``flight`` None makes a record without a step."""
-        return StepRecord(
+        """The counts as a record; they begin anew. ``queues`` is (running, waiting); ``flight`` None: nothing was computed."""
+        record = StepRecord(
             step=flight.plan.step if flight else -1,
             scheduled_s=flight.scheduled_s if flight else now,
             launched_s=times.launched_s,
@@ -82,3 +82,6 @@ class Ledger:
             itl_s=tuple(self.itl_s),
             finished=tuple(self.finished),
         )
+        self.prefix_queries = self.prefix_hits = self.num_preempted = self.num_prompt_tokens = self.num_output_tokens = 0
+        self.ttft_s, self.itl_s, self.finished = [], [], []
+        return record

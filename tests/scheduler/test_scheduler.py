@@ -10,7 +10,9 @@ from token_runner import TokenRunner, expected_tokens
 from minivllm.engine.engine import Engine
 from minivllm.errors import ContextTooLong, InvalidRequest
 from minivllm.kv.allocator import Allocator
-from minivllm.scheduler.scheduler import MAX_OVERTAKEN, Limits, Scheduler
+from minivllm.scheduler.book import Limits
+from minivllm.scheduler.planner import MAX_OVERTAKEN
+from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo, GenerateRequest, SamplingParams, StepRecord, TokenEvent
 
 VOCAB = 97

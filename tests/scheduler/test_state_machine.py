@@ -16,7 +16,8 @@ from token_runner import TokenRunner, expected_tokens
 
 from minivllm.errors import ContextTooLong
 from minivllm.kv.allocator import Allocator
-from minivllm.scheduler.scheduler import Limits, Scheduler
+from minivllm.scheduler.book import Limits
+from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineOutput, GenerateRequest, SamplingParams
 
 VOCAB = 31
@@ -131,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def poison(self, pick: int) -> None:
         """The model gives numbers that are not finite for one running request."""
         name = self._pick(pick)
-        request = self.scheduler._by_id[name]
+        request = self.scheduler._book.by_id[name]
         if not request.in_flight and request.running:
             self.runner.bad_uids.add(request.uid)
             self.poisoned.add(name)

@@ -6,7 +6,8 @@ from token_runner import TokenRunner
 
 from minivllm.engine.engine import Engine
 from minivllm.kv.allocator import Allocator
-from minivllm.scheduler.scheduler import Limits, Scheduler
+from minivllm.scheduler.book import Limits
+from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo
 
 

@@ -1,0 +1,121 @@
+"""Every request and where it is: waiting, or running on a row and holding blocks.
+
+The moves between those places are here, so that each is whole: a request that leaves gives up its row, its blocks and its names
+in one call. When to move is decided elsewhere (``planner.py``, ``scheduler.py``).
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from minivllm.kv.allocator import Allocator
+from minivllm.scheduler.policy import POLICIES, by_claim
+from minivllm.scheduler.request import NO_ROW, Request
+from minivllm.types import GenerateRequest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step and a request may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    batching_policy: str = "mixed"
+    scheduling_policy: str = "fcfs"
+    num_draft_tokens: int = 0  # positions verified beyond the next one
+
+
+class Book:
+    """Places of all requests. Written by ``Scheduler`` and its ``Planner``, in one thread."""
+
+    def __init__(self, limits: Limits, kv: Allocator) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.waiting = POLICIES[limits.scheduling_policy]()
+        self.running: list[Request] = []  # sorted by claim
+        self.live: dict[int, Request] = {}
+        self.by_id: dict[str, Request] = {}
+        self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self.rows_to_free: list[int] = []  # not told to the runner yet
+        self._next_uid = 0
+
+    def is_live(self, request: Request) -> bool:
+        """False for a request that ended, or that began again under another uid."""
+        return self.live.get(request.uid) is request
+
+    def make(self, spec: GenerateRequest) -> Request:
+        """A request that is in no place yet."""
+        request = Request(self._next_uid, spec, self.limits.eos_token_ids, self.limits.max_model_len)
+        request.claim = self.waiting.claim(request)
+        return request
+
+    def enter(self, request: Request) -> None:
+        """Queue a request that was made."""
+        self._next_uid = request.uid + 1
+        self.live[request.uid] = request
+        self.by_id[request.spec.id] = request
+        self.kv.open(request.uid, request.spec.cache_salt, request.spec.lora or "")
+        self.waiting.add(request)
+
+    def run(self, requests: list[Request]) -> None:
+        """Waiting requests that were given the last free rows, in order, are running now."""
+        for request in requests:
+            self.waiting.remove(request)
+            insort(self.running, request, key=by_claim)
+        if requests:
+            del self.free_rows[-len(requests) :]
+
+    def preempt(self, request: Request) -> None:
+        """Blocks and row go back; the tokens stay. Results in flight are still appended before it runs again."""
+        self._give_up_row(request)
+        self.kv.release(request.uid)
+        request.computed = request.scheduled = request.room = 0
+        request.num_preemptions += 1
+        request.blocked_at = -1
+        self.waiting.add(request)
+
+    def leave(self, request: Request) -> None:
+        """Take a request out of everything; results that are still due for it will be dropped."""
+        if request.running:
+            self._give_up_row(request)
+        else:
+            self.waiting.remove(request)
+        self.kv.close(request.uid)
+        del self.live[request.uid], self.by_id[request.spec.id]
+
+    def restart(self, request: Request) -> None:
+        """Begin again with the tokens it has under a new uid, so that results still in flight are dropped."""
+        self.leave(request)
+        fresh = self.make(request.spec)
+        for name in ("claim", "token_ids", "cached", "failures", "scheduled_s", "first_token_s", "last_token_s"):
+            setattr(fresh, name, getattr(request, name))
+        fresh.num_preemptions = request.num_preemptions + 1
+        self.enter(fresh)
+
+    def _give_up_row(self, request: Request) -> None:
+        del self.running[bisect_left(self.running, request.claim, key=by_claim)]
+        self.rows_to_free.append(request.row)
+        self.free_rows.append(request.row)
+        request.row = NO_ROW
+
+    def problems(self) -> list[str]:
+        """What is wrong: nothing, unless an invariant is broken. Raises RuntimeError when blocks are lost."""
+        self.kv.check()
+        found = []
+        waiting = list(self.waiting.in_order())
+        if sorted([r.row for r in self.running] + self.free_rows) != list(range(self.limits.max_num_seqs)):
+            found.append("rows are lost or double")
+        if sorted(r.uid for r in (*self.running, *waiting)) != sorted(self.live):
+            found.append("a request is in no queue or in two")
+        if [r.claim for r in self.running] != sorted(r.claim for r in self.running):
+            found.append("running requests are out of order")
+        for r in self.live.values():
+            held = self.kv.held_blocks(r.uid)
+            if r.running and (len(held) < self.kv.blocks_for(r.scheduled) or len(held) * self.kv.block_size < r.room):
+                found.append(f"request {r.uid} runs beyond its blocks")
+            if not r.running and held:
+                found.append(f"request {r.uid} waits but holds blocks")
+            if not r.computed <= r.scheduled <= len(r.token_ids) + r.pending:
+                found.append(f"request {r.uid}: computed {r.computed}, scheduled {r.scheduled} are out of step")
+        return found
