@@ -18,7 +18,7 @@ from minivllm.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
 LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
-MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 500 bytes a character
+MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 300 bytes a character
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
