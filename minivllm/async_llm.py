@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
@@ -112,7 +112,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt, yielding new text as it comes; the last output has a ``finish_reason``.
 
         Closing or cancelling the generator ends the request in the engine. Raises ``RequestError`` subclasses: before the first

@@ -5,9 +5,9 @@ For each architecture with random weights (and for the bundled model), 32 prompt
     (a) each alone, (b) all in one batch, (c) in chunks of 16 tokens, (d) with a cache so small that sequences are preempted,
     (e) a second time, with every prefix cached,
 
-and counts assert that chunks, preemptions and hits really happened. In batch-invariant mode the logits of every sampled position
-are bitwise equal from (a) to (e). Without it, and against transformers, tokens are equal up to the first position where the
-two best tokens of a float64 reference are closer than ``GAP``; such positions are listed, anything else fails.
+and counts assert that chunks, preemptions and hits really happened. In batch-invariant mode the logits of every sampled
+position are bitwise equal from (a) to (e). Without it, and against transformers, tokens are equal up to the first position where the two best tokens of a float64
+reference are closer than ``GAP``; such positions are listed, anything else fails.
 """
 
 from collections.abc import Sequence

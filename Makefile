@@ -1,0 +1,67 @@
+# Needs Python 3.11 or newer and make; no compiler, nothing else. `make help` says what there is.
+#
+# Without an NVIDIA GPU, constraints/cpu.txt pins the version of torch. Where the configured package index has no CPU build of
+# it, point pip at PyTorch's CPU wheels (their address: pytorch.org/get-started):
+#     make serve PIP_ARGS="--extra-index-url ADDRESS"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+TEST_WORKERS ?= 2
+
+BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PIP_ARGS)
+
+.PHONY: help install serve generate chat bench test lint clean
+
+help:
+	@echo 'make serve     serve the bundled model on 127.0.0.1:8000   ARGS="--port 8123" passes options on'
+	@echo 'make generate  complete a prompt                           ARGS="\"Once upon a time\""'
+	@echo 'make chat      talk to the model in the terminal'
+	@echo 'make bench     measure offline throughput                  ARGS="--num-prompts 100"'
+	@echo 'make test      install what tests need, run them all       ARGS="tests/scheduler -x" runs fewer'
+	@echo 'make lint      ruff and mypy only'
+	@echo 'make clean     remove the installation and caches'
+	@echo
+	@echo 'Variables: PYTHON=python3.12 (which Python), PIP_ARGS="..." (further arguments of pip install)'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make: Python 3.11 or newer is needed; name one with make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make pip run again only when what is to be installed has changed.
+$(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+serve: install
+	$(BIN)/mini-vllm serve $(ARGS)
+
+generate: install
+	@$(BIN)/mini-vllm generate $(ARGS)
+
+chat: install
+	@$(BIN)/mini-vllm chat $(ARGS)
+
+bench: install
+	$(BIN)/mini-vllm bench throughput $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# One thread per worker: two workers with all cores each would wait for each other's threads.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

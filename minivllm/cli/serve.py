@@ -1,0 +1,91 @@
+"""``mini-vllm serve``: an engine process, an HTTP server in front of it, and an exit code that says why it ended."""
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
+from minivllm.config import Config
+from minivllm.errors import PortInUse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve until a signal comes; 0 only for a wanted stop."""
+    parser = Parser("serve", "Serve a model over HTTP: a native API and the OpenAI-compatible one.", "[MODEL] [options]")
+    add_model_argument(parser)
+    add_config(parser, ALL_SECTIONS)
+    config = read_config(parser.read(argv))
+    logging.basicConfig(
+        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    raise_open_files_limit()
+    check_port(config.server.host, config.server.port)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(config))
+
+
+async def _serve(config: Config) -> int:
+    """Load the model, serve it, and end the engine afterwards."""
+    from minivllm.cli.start import memory_table, start_llm
+    from minivllm.door import locate
+
+    config, folder = locate(config)
+    llm = await start_llm(config, folder, _import_server)
+    try:
+        from minivllm.server.app import create_app
+        from minivllm.server.http import Server, serve
+
+        def announce(server: Server) -> None:
+            names = ", ".join(config.served_names)
+            print(f"{memory_table(llm.info)}\nServing {names} on {server.url} (Ctrl-C stops)", flush=True)
+
+        return await serve(create_app(llm, config), config, llm, announce)
+    finally:
+        await llm.close()
+
+
+def _import_server() -> None:
+    """Import the HTTP side while the engine process loads."""
+    import minivllm.server.app
+    import minivllm.server.http  # noqa: F401
+
+
+def _loop_factory() -> Callable[[], Any] | None:
+    """uvloop's event loop where it is installed (not on Windows): about twice as many streamed events per second."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def raise_open_files_limit() -> None:
+    """Let the process open as many files as it may: the usual soft limit of 1024 is 1000 streams."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:  # some systems' hard limit is more than they allow
+            logging.getLogger("minivllm").warning("open files stay limited to %d (%s)", soft, error)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ``PortInUse`` now rather than after the model is loaded, if the address cannot be listened on."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "it is not allowed"}
+        why = reasons.get(error.errno or 0, "the address is not one of this machine's")
+        raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
