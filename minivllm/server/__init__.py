@@ -1,13 +1,15 @@
 """HTTP: routes, limits, streaming. Holds text and connections, never a tensor.
 
-``uvicorn minivllm.server:app`` serves the bundled model (or MINIVLLM_MODEL) for development; the app is made when asked for.
+``uvicorn minivllm.server:app`` serves the bundled model (or MINIVLLM_MODEL) for development. Importing this package makes
+nothing: the app is made when it is first asked for, which must be before anybody imports the sub-module of the same name.
 """
 
 
 def __getattr__(name: str) -> object:
-    """``app``, made at each access: nothing is made by importing."""
+    """``app``, kept under that name because uvicorn asks twice, and making it has imported the sub-module ``app``."""
     if name == "app":
         from minivllm.server.development import DevelopmentApp
 
-        return DevelopmentApp()
+        made = globals()["app"] = DevelopmentApp()
+        return made
     raise AttributeError(f"module 'minivllm.server' has no attribute {name!r}")

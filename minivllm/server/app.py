@@ -1,0 +1,110 @@
+"""The application, made from values: what it serves and the options. No module-level app, no global state.
+
+Layers, outermost first, all plain ASGI: the drain's gate, the bounds on bodies, then FastAPI's router. Every failure ends
+in one of the handlers below, the only makers of error answers above the HTTP parser besides those two layers.
+"""
+
+import logging
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minivllm import __version__
+from minivllm.config import Config
+from minivllm.errors import GenerationFailed, RequestError
+from minivllm.server.drain import ClientGone, Drain, DrainGate
+from minivllm.server.limits import BodyLimits
+from minivllm.server.protocol import FORMS
+from minivllm.server.replies import ErrorReply, error_response
+from minivllm.server.routes import chat, completions, health, metrics, models, native, tokenize
+from minivllm.server.serving import Serving
+
+if TYPE_CHECKING:
+    from minivllm.async_llm import AsyncLLM
+
+CLIENT_CLOSED = 499  # never sent: nobody is there to read it
+logger = logging.getLogger("minivllm.server")
+
+
+def create_app(llm: "AsyncLLM", config: Config) -> FastAPI:
+    """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does)."""
+    drain = Drain()
+    app = FastAPI(
+        title="mini-vLLM",
+        version=__version__,
+        docs_url=None,  # the page would load scripts from elsewhere
+        redoc_url=None,
+        middleware=[Middleware(DrainGate, drain=drain), Middleware(BodyLimits, limits=config.server)],
+        exception_handlers={
+            RequestError: _request_error,
+            HTTPException: _http_error,
+            ClientGone: _client_gone,
+            Exception: _unexpected,
+        },
+    )
+    app.state.serving = Serving(llm, config, int(time.time()), drain)
+    for route in (native, completions, chat, models, tokenize, health, metrics):
+        app.include_router(route.router)
+    _describe_bodies(app)
+    return app
+
+
+async def _request_error(_: Request, error: Exception) -> Response:
+    """A request that cannot be served, as its error says."""
+    if not isinstance(error, RequestError):
+        raise error
+    return error_response(error)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """What the router itself refuses: no such route, no such method."""
+    if not isinstance(error, HTTPException):
+        raise error
+    phrase = HTTPStatus(error.status_code).phrase
+    refusal = RequestError(f"{phrase}: this server has no such route or method; /openapi.json lists what it has.")
+    refusal.status, refusal.kind = error.status_code, phrase
+    response = error_response(refusal)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    """The client has closed the connection."""
+    return Response(status_code=CLIENT_CLOSED)
+
+
+async def _unexpected(_: Request, __: Exception) -> Response:
+    """A fault of ours. Starlette raises it again for the server's log, which ends the connection; the client learns nothing of
+    the inside."""
+    return error_response(GenerationFailed("The server failed on this request; its log says why."), close=True)
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Let /openapi.json tell what bodies look like: FastAPI does not know our Structs."""
+    structs = {form.path: form.struct for form in FORMS}
+    schemas, components = msgspec.json.schema_components(
+        [*structs.values(), ErrorReply], ref_template="#/components/schemas/{name}"
+    )
+    by_path = dict(zip(structs, schemas, strict=False))
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        for path, schema in by_path.items():
+            operation = document["paths"][path]["post"]
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+            operation["responses"]["default"] = {
+                "description": "Failure",
+                "content": {"application/json": {"schema": schemas[-1]}},
+            }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

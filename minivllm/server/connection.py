@@ -1,0 +1,177 @@
+"""One client's connection: uvicorn's httptools protocol, with the bounds that it lacks.
+
+Uvicorn parses HTTP and runs the application; this adds what a stranger's bytes must not decide. Bytes: the request line and
+headers (and a chunked body's trailers) have one limit, counted before the parser keeps them. Time: headers have a deadline
+from the first moment of waiting, also on a connection that never sends a byte; so has a reply that nobody reads. Number: a
+client may queue few requests behind a running one. Whatever is refused here gets a JSON error and then a moment in which its
+remaining bytes are thrown away: closing at once would reset the connection under the client's eyes before it reads why.
+
+It leans on names inside uvicorn, checked when this module is imported.
+"""
+
+import asyncio
+from typing import Any, Final
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from minivllm.config import ServerConfig
+from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow
+from minivllm.server.replies import error_body
+
+MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
+LINGER_S: Final = 1.0
+HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
+
+_NEEDED: Final = (
+    "connection_made", "connection_lost", "data_received", "send_400_response", "on_message_begin", "on_url", "on_header",
+    "on_headers_complete", "on_body", "on_message_complete", "pause_writing", "resume_writing", "_unset_keepalive_if_required",
+)  # fmt: skip
+if missing := [name for name in _NEEDED if not callable(getattr(HttpToolsProtocol, name, None))]:
+    raise ImportError(f"uvicorn {uvicorn.__version__} has no HttpToolsProtocol.{missing[0]}; install uvicorn 0.54.")
+
+
+class Connection(HttpToolsProtocol):
+    """Written by the event loop that owns its socket, and by nobody else."""
+
+    def __init__(self, limits: ServerConfig, **uvicorn_values: Any) -> None:
+        super().__init__(**uvicorn_values)
+        self._limits = limits
+        self._kept_bytes = 0  # received since the parser last finished something: what it must be holding
+        self._head_bytes = 0  # of the message being parsed: request line, headers, trailers
+        self._in_head = False
+        self._refused = False
+        self._head_deadline: asyncio.TimerHandle | None = None
+        self._write_deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def _busy(self) -> bool:
+        """A request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget every deadline."""
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, within the bounds."""
+        if self._refused:
+            return
+        self._kept_bytes += len(data)
+        super().data_received(data)
+        if self._refused or self.parser is None or self.transport.is_closing():
+            return
+        if max(self._kept_bytes, self._head_bytes) > self._limits.max_header_bytes:
+            self._refuse(HeadersTooLong(self._limits.max_header_bytes))
+        elif not self._busy:
+            self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn found bytes that are not HTTP."""
+        self._refuse(MalformedBody("The bytes received are not an HTTP/1.1 request; send one."))
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._in_head = True
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request line."""
+        self._head_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A whole header; after the body a trailer, which is counted and dropped: the application has begun already."""
+        self._head_bytes += len(name) + len(value) + HEADER_OVERHEAD_BYTES
+        if self._in_head and self._head_bytes <= self._limits.max_header_bytes:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The request can be answered, if it is short enough and its turn is near."""
+        self._in_head = False
+        self._kept_bytes = 0
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+        if self._head_bytes > self._limits.max_header_bytes:
+            self._refuse(HeadersTooLong(self._limits.max_header_bytes))
+        elif len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(MalformedBody(f"At most {MAX_PIPELINED} requests may wait on one connection."))
+        if not self._refused:
+            super().on_headers_complete()
+            if self.parser.should_upgrade():  # nothing else is spoken here, and what follows would not be parsed
+                self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._kept_bytes = 0
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._kept_bytes = self._head_bytes = 0
+        if not self._refused:
+            super().on_message_complete()
+
+    # Deadlines.
+
+    def _await_head(self) -> None:
+        """From now on the client has its time to send headers; asking again does not give more."""
+        if self._head_deadline is None:
+            self._head_deadline = self.loop.call_later(self._limits.header_timeout_s, self._head_late)
+
+    def _head_late(self) -> None:
+        """Refuse a request that began and stopped; a connection that is merely idle is closed without a word."""
+        self._head_deadline = None
+        if self._busy:
+            return
+        if self._in_head:
+            self._refuse(RequestTooSlow("headers", self._limits.header_timeout_s))
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The socket's buffer is full: the reply waits, but not for ever."""
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+        super().resume_writing()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._head_deadline, self._write_deadline):
+            if timer is not None:
+                timer.cancel()
+        self._head_deadline = self._write_deadline = None
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer ``error``, then close. A reply that is on its way already cannot be followed by it, so that one breaks."""
+        self._refused = True
+        self._stop_timers()
+        self._unset_keepalive_if_required()
+        if self.transport.is_closing() or (self._busy and (self.pipeline or self.cycle.response_started)):
+            self.transport.abort()
+            return
+        if self._busy:  # to the application this is a client that left
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = error_body(error)
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.abort)

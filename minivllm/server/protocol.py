@@ -1,0 +1,181 @@
+"""What clients may send: one msgspec Struct a route, holding exactly the fields that are served.
+
+Structs check types only (strictly: "1" is not a number). Ranges are checked by ``types.SamplingParams``, which every face
+builds, and ``fields.py`` says what becomes of fields that are not served. null means "not given", as clients of this
+protocol send it. Defaults: a field of the request beats the route's default; /v1 samples at temperature 1 as its clients
+expect, /generate is greedy.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from minivllm.errors import InvalidRequest, MalformedBody, UnsupportedField
+from minivllm.server.fields import HARMLESS, MESSAGE_NOT_SERVED, NATIVE_NOT_SERVED, NOT_SERVED, Form, check_not_served
+from minivllm.types import SamplingParams
+
+MAX_STOPS = 64  # each is searched for at every token
+MAX_STOP_CHARS = 1024
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """The fields of ``SamplingParams``, each of which a request may leave out."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class GenerateBody(SamplingFields, kw_only=True):
+    """Body of /generate."""
+
+    prompt: str
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream tells besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class OpenAIFields(SamplingFields, kw_only=True):
+    """What the two OpenAI-compatible routes have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionBody(OpenAIFields, kw_only=True):
+    """Body of /v1/completions. ``prompt``: a text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+
+
+class ChatMessageBody(msgspec.Struct):
+    """One message; content is a text or parts of type "text"."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+
+class ChatBody(OpenAIFields, kw_only=True):
+    """Body of /v1/chat/completions. ``max_completion_tokens`` is the newer name of ``max_tokens`` and beats it."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of /tokenize: ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+GENERATE = Form("/generate", GenerateBody, NATIVE_NOT_SERVED)
+COMPLETION = Form("/v1/completions", CompletionBody, NOT_SERVED, HARMLESS)
+CHAT = Form("/v1/chat/completions", ChatBody, NOT_SERVED, HARMLESS)
+TOKENIZE = Form("/tokenize", TokenizeBody, NOT_SERVED, HARMLESS)
+DETOKENIZE = Form("/detokenize", DetokenizeBody, NOT_SERVED, HARMLESS)
+FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE)
+
+
+def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
+    """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
+    given = {f: value for f in SamplingParams.__struct_fields__ if (value := getattr(body, f)) is not None}
+    stop = given.get("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stops):
+        raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters.", "stop")
+    given["stop"] = stops
+    given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
+    return SamplingParams(**{**defaults, **given})
+
+
+def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts of a completion request, each a text or token ids. Raises ``InvalidRequest``, ``MalformedBody``."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequest("The prompt is empty; send a text or at least one token id.", "prompt")
+    ids = [p for p in prompt if isinstance(p, int)]
+    if len(ids) == len(prompt):
+        return [ids]
+    many = [p for p in prompt if not isinstance(p, int)]
+    if ids or len({type(p) for p in many}) > 1:
+        raise MalformedBody("prompt mixes texts, token ids and lists of them; send one kind.", "body.prompt")
+    return many
+
+
+def messages_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat's messages as templates want them: role, content as one text, and a name where given.
+
+    Raises ``InvalidRequest``, ``MalformedBody``, ``UnsupportedField`` with the place in ``param``.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty; send at least one message.", "messages")
+    return [_message(f"messages[{i}]", m) for i, m in enumerate(messages)]
+
+
+def _message(place: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """One message, checked."""
+    for name, value in fields.items():
+        if name not in ChatMessageBody.__struct_fields__:
+            try:
+                check_not_served(name, value, MESSAGE_NOT_SERVED)
+            except UnsupportedField:
+                raise UnsupportedField(f"{place}.{name}") from None
+    try:
+        message = msgspec.convert(fields, ChatMessageBody)
+    except msgspec.ValidationError as e:
+        reason = str(e).split(" - at ")[0]
+        reason = "Unknown role" if reason.startswith("Invalid enum value") else reason
+        raise MalformedBody(f"{reason} in {place}; a message has a role and a text as its content.", f"body.{place}") from None
+    content = message.content
+    if not isinstance(content, str):
+        content = "\n".join(_text_part(f"{place}.content[{i}]", part) for i, part in enumerate(content))
+    plain: dict[str, Any] = {"role": message.role, "content": content}
+    return plain if message.name is None else {**plain, "name": message.name}
+
+
+def _text_part(place: str, part: dict[str, Any]) -> str:
+    """The text of one content part."""
+    if part.get("type") != "text":
+        raise UnsupportedField(f"{place}.type", 'only parts of type "text" are served')
+    text = part.get("text")
+    if not isinstance(text, str) or len(part) != 2:
+        raise MalformedBody('A text part is {"type": "text", "text": "..."} and nothing else.', f"body.{place}")
+    return text

@@ -1,0 +1,215 @@
+"""What the OpenAI-compatible routes answer, as msgspec Structs, and the one place that makes error bodies.
+
+``omit_defaults`` leaves out what is unset, as clients of this protocol expect of streamed chunks; fields without a default
+are always there, null included. Nothing here knows how a reply came to be.
+"""
+
+import uuid
+from http import HTTPStatus
+from typing import Literal
+
+import msgspec
+from starlette.responses import Response
+
+from minivllm.errors import RequestError
+from minivllm.types import FinishReason
+
+MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every character needs four bytes
+encode = msgspec.json.Encoder().encode
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of a request: those of the prompts, those generated, and both."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, gc=False):
+    """One text, whole or (in a stream) its next piece."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Completion(
+    msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True, tag_field="object", tag="text_completion"
+):
+    """Reply of /v1/completions; a stream's chunks have the same shape."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True, gc=False):
+    """The assistant's whole answer; what this server does not make is null or empty."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: tuple[()] = ()
+    reasoning: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, gc=False):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    logprobs: None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_field="object", tag="chat.completion"):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The next piece of an answer."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChunkChoice(msgspec.Struct, frozen=True, gc=False):
+    """The next piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: None = None
+
+
+class LastChunkChoice(msgspec.Struct, frozen=True, gc=False):
+    """The end of one answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    logprobs: None = None
+
+
+class ChatChunk(
+    msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True, tag_field="object", tag="chat.completion.chunk"
+):
+    """One event of a streamed chat completion."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[ChunkChoice | LastChunkChoice, ...]
+    usage: Usage | None = None
+
+
+class ModelPermission(msgspec.Struct, frozen=True, gc=False):
+    """What clients may do with a model; the same for everybody, here for clients that look."""
+
+    id: str
+    created: int
+    object: str = "model_permission"
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = False
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: None = None
+    is_blocking: bool = False
+
+
+class ModelCard(msgspec.Struct, frozen=True, gc=False):
+    """One name under which the model is served."""
+
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    permission: tuple[ModelPermission, ...]
+    object: str = "model"
+    owned_by: str = "mini-vllm"
+    parent: None = None
+
+
+class ModelList(msgspec.Struct, frozen=True, gc=False):
+    """Reply of /v1/models."""
+
+    data: tuple[ModelCard, ...]
+    object: str = "list"
+
+
+class Tokens(msgspec.Struct, frozen=True, gc=False):
+    """Reply of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: tuple[int, ...]
+    token_strs: tuple[str, ...] | None
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, gc=False):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorReply(msgspec.Struct, frozen=True, gc=False):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """What every chunk of one reply repeats."""
+
+    id: str
+    created: int  # unix time
+    model: str
+
+
+def new_id(prefix: str) -> str:
+    """A request id that nobody can guess or choose: the prefix and 128 random bits in hex."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def json_response(value: msgspec.Struct | dict[str, object]) -> Response:
+    """A 200 with ``value`` as JSON."""
+    return Response(encode(value), media_type="application/json")
+
+
+def error_body(error: RequestError) -> bytes:
+    """The JSON object that tells a client of ``error``; at most 4 KiB."""
+    message = error.message if len(error.message) <= MAX_MESSAGE_CHARS else error.message[:MAX_MESSAGE_CHARS] + "..."
+    message = message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be encoded
+    return encode(ErrorReply(ErrorDetail(message, error.kind, error.param, error.status)))
+
+
+def error_response(error: RequestError, close: bool = False) -> Response:
+    """The HTTP answer for ``error``; with ``close`` the connection ends with it."""
+    headers: dict[str, str] = {}
+    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["retry-after"] = str(getattr(error, "retry_after_s", 1))
+    if close or error.status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["connection"] = "close"
+    return Response(error_body(error), error.status, headers, media_type="application/json")

@@ -1,0 +1,85 @@
+"""POST /generate: the simplest way to text, made for a plain ``curl -d '{"prompt": "..."}' --no-buffer``.
+
+JSON in, whatever the content type says (curl -d says it sends a form). That is exactly what a web page of another origin
+can send without asking, so a foreign Origin header is refused. Text out as server-sent events, one per piece of text, the
+end of the stream is the end of the answer; a failure is one event of type ``error`` with the error object as its data.
+CR and CRLF in the text arrive as LF (``sse.py``). Greedy unless the request says otherwise.
+"""
+
+import contextlib
+import ipaddress
+from collections.abc import AsyncGenerator, AsyncIterator
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minivllm.errors import ForeignOrigin, RequestError
+from minivllm.server.protocol import GENERATE, sampling_of
+from minivllm.server.replies import error_body, new_id
+from minivllm.server.serving import follow, read_body, serving
+from minivllm.server.sse import EventStream, text_event
+from minivllm.types import RequestOutput
+
+DEFAULT_MAX_TOKENS = 128  # or what is left of the context, if that is less
+
+router = APIRouter()
+
+
+@router.post("/generate")
+async def generate(request: Request) -> Response:
+    """Stream a completion of ``prompt`` as plain text events."""
+    refuse_foreign_origin(request)
+    s = serving(request)
+    body = GENERATE.read(await read_body(request))
+    ids = await s.encode(body.prompt)
+    sampling = sampling_of(body, temperature=0.0, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
+    return EventStream(_events(s.start(new_id("gen"), ids, sampling)), failure_event, s.drain)
+
+
+async def _events(stream: AsyncIterator[RequestOutput]) -> AsyncGenerator[bytes]:
+    """One event for each piece of text."""
+    held = ""  # a CR at the end of a piece may be half of a CRLF
+    async with contextlib.aclosing(follow([stream])) as outputs:
+        async for _, output in outputs:
+            text = held + output.text
+            held = "\r" if text.endswith("\r") and output.finish_reason is None else ""
+            if text := text.removesuffix("\r") if held else text:
+                yield text_event(text)
+
+
+def failure_event(error: RequestError) -> bytes:
+    """The last event of a stream that broke."""
+    return text_event(error_body(error).decode(), "error")
+
+
+def refuse_foreign_origin(request: Request) -> None:
+    """Raise ``ForeignOrigin`` for a web page that did not come from this server.
+
+    Only browsers send Origin. The page's host and port must be the ones asked for (Host), and a server that listens on the
+    loopback address only answers pages of that address: a stranger's name can be made to point there (DNS rebinding).
+    """
+    origin = request.headers.get("origin")
+    if origin is None:
+        return
+    try:
+        page = urlsplit(origin)
+        name = page.hostname or ""
+    except ValueError:
+        raise ForeignOrigin from None
+    if page.scheme not in ("http", "https") or page.netloc != request.headers.get("host"):
+        raise ForeignOrigin
+    server = request.scope.get("server")
+    if server is not None and _is_loopback(str(server[0])) and not _is_loopback(name):
+        raise ForeignOrigin
+
+
+def _is_loopback(host: str) -> bool:
+    """True for the machine's own address or name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,51 @@
+"""Counting a reply's tokens over its choices, and what a stream tells of them."""
+
+from dataclasses import dataclass, field
+
+from minivllm.errors import InvalidRequest, RequestError
+from minivllm.server.protocol import OpenAIFields
+from minivllm.server.replies import Usage, error_body
+from minivllm.server.sse import DONE, json_event
+from minivllm.types import RequestOutput
+
+
+@dataclass
+class Counts:
+    """Written by the route that follows the choices."""
+
+    prompt: dict[int, int] = field(default_factory=dict)  # choice -> tokens
+    output: dict[int, int] = field(default_factory=dict)
+
+    def see(self, index: int, output: RequestOutput) -> None:
+        """Take the counts of a choice's newest output."""
+        self.prompt[index] = output.num_prompt
+        self.output[index] = output.num_output
+
+    def usage(self) -> Usage:
+        """The sum so far."""
+        prompt, output = sum(self.prompt.values()), sum(self.output.values())
+        return Usage(prompt, prompt + output, output)
+
+
+@dataclass(frozen=True)
+class StreamUsage:
+    """Whether a stream tells its usage at the end, and with each chunk."""
+
+    last: bool
+    each: bool
+
+
+def stream_usage(body: OpenAIFields) -> StreamUsage:
+    """What ``stream_options`` asks for. Raises ``InvalidRequest`` where nothing streams."""
+    options = body.stream_options
+    if options is None:
+        return StreamUsage(last=False, each=False)
+    if not body.stream:
+        raise InvalidRequest("stream_options is only for streams; set stream to true or leave it out.", "stream_options")
+    last = bool(options.include_usage)
+    return StreamUsage(last=last, each=last and bool(options.continuous_usage_stats))
+
+
+def stream_failure(error: RequestError) -> bytes:
+    """The end of an OpenAI-compatible stream that broke: the error, then the mark; no finish reason came before."""
+    return json_event(error_body(error)) + DONE
