@@ -37,7 +37,7 @@ async def _serve(config: Config) -> int:
     config, folder = locate(config)
     llm = await start_llm(config, folder, _import_server)
     try:
-        from minivllm.server.app import create_app
+        from minivllm.server.application import create_app
         from minivllm.server.http import Server, serve
 
         def announce(server: Server) -> None:
@@ -51,7 +51,7 @@ async def _serve(config: Config) -> int:
 
 def _import_server() -> None:
     """Import the HTTP side while the engine process loads."""
-    import minivllm.server.app
+    import minivllm.server.application
     import minivllm.server.http  # noqa: F401
 
 

@@ -1,15 +1,14 @@
 """HTTP: routes, limits, streaming. Holds text and connections, never a tensor.
 
 ``uvicorn minivllm.server:app`` serves the bundled model (or MINIVLLM_MODEL) for development. Importing this package makes
-nothing: the app is made when it is first asked for, which must be before anybody imports the sub-module of the same name.
+nothing: the app is made when it is asked for.
 """
 
 
 def __getattr__(name: str) -> object:
-    """``app``, kept under that name because uvicorn asks twice, and making it has imported the sub-module ``app``."""
+    """``app``: an application that brings its own engine."""
     if name == "app":
         from minivllm.server.development import DevelopmentApp
 
-        made = globals()["app"] = DevelopmentApp()
-        return made
+        return DevelopmentApp()
     raise AttributeError(f"module 'minivllm.server' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from minivllm.door import locate, tokenizer_folder
 from minivllm.engine.process import start_engine
 from minivllm.errors import StartupError
 from minivllm.observe.metrics import metrics_for
-from minivllm.server.app import create_app
+from minivllm.server.application import create_app
 from minivllm.text.tokenizer import load_tokenizer
 
 
@@ -45,8 +45,9 @@ class DevelopmentApp:
         self._app = create_app(llm, llm.config)
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await llm.close()
+        pump.cancel()
         await asyncio.wait({pump})
+        await llm.close()
         await send({"type": "lifespan.shutdown.complete"})
 
 

@@ -19,7 +19,7 @@ from minivllm.async_llm import AsyncLLM
 from minivllm.config import Config, make_config
 from minivllm.errors import EngineDead
 from minivllm.observe.metrics import metrics_for
-from minivllm.server.app import create_app
+from minivllm.server.application import create_app
 from minivllm.server.http import Server, serve
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import EngineInfo, EngineOutput, FinishedTimes, GenerateRequest, RowRecord, StepRecord, TokenEvent
