@@ -7,21 +7,22 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
 from minivllm.parallel.executor import LocalExecutor
-from minivllm.runner.build import build_runner
+from minivllm.runner.build import MakeSampler, build_runner
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo
 
 
-def build_engine(config: Config) -> Engine:
-    """Load the model, size the cache and join scheduler and runner. Raises ``StartupError``."""
+def build_engine(config: Config, make_sampler: MakeSampler | None = None) -> Engine:
+    """Load the model, size the cache and join scheduler and runner. ``make_sampler`` replaces the sampler (tests look at the
+    logits so). Raises ``StartupError``."""
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise InvalidOption(
             f"--max-num-batched-tokens ({config.scheduler.max_num_batched_tokens}) must be at least --max-num-seqs "
             f"({config.scheduler.max_num_seqs}), so that every running sequence can get a token in a step; raise the one or "
             "lower the other."
         )
-    runner, info = build_runner(config)
+    runner, info = build_runner(config, make_sampler)
     return Engine(make_scheduler(config, info), LocalExecutor(runner), info, time.monotonic, overlap_of(config, info))
 
 

@@ -1,0 +1,64 @@
+"""The table of ops that layers call: one frozen record of callables per way of computing.
+
+A layer never imports a kernel; it is given a table. So another device, a faster kernel or the batch-invariant mode is another
+table, and nothing else changes. The signatures are those of ``reference.py``, which says what each op means. Attention is not
+in the table: it reads the paged cache in a way of its own, so a backend (``attention/``) is its unit of choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from minivllm.kernels import invariant, reference
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One way of computing every op. Shapes and meanings: ``reference.py``."""
+
+    name: str
+    embedding: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    activation: Callable[[Tensor, str], Tensor]
+    gated_activation: Callable[[Tensor, str], Tensor]
+    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+
+
+def reference_ops() -> Ops:
+    """Plain torch, on any device."""
+    return Ops(
+        name="reference",
+        embedding=reference.embedding,
+        linear=reference.linear,
+        rms_norm=reference.rms_norm,
+        add_rms_norm=reference.add_rms_norm,
+        layer_norm=reference.layer_norm,
+        add_layer_norm=reference.add_layer_norm,
+        rope=reference.rope,
+        activation=reference.activation,
+        gated_activation=reference.gated_activation,
+        kv_write=reference.kv_write,
+        copy_blocks=reference.copy_blocks,
+    )
+
+
+def invariant_ops() -> Ops:
+    """Plain torch in fixed shapes: each row's result is bitwise the same whatever else is in the batch.
+
+    The other ops are so already: gathers and copies are exact, additions and products round each element alone, and a norm
+    reduces each row by itself.
+    """
+    return replace(
+        reference_ops(),
+        name="batch-invariant",
+        linear=invariant.linear,
+        activation=invariant.activation,
+        gated_activation=invariant.gated_activation,
+    )

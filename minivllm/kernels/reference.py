@@ -1,0 +1,125 @@
+"""The meaning of every op, in a few lines of plain torch.
+
+Nothing here is clever: a faster version (``cpu/``, ``triton/``) has the same signature and is tested against this file. These
+versions run on any device that torch knows, so a new device works before it is fast.
+
+Norms and rotations compute in float32 whatever the precision of their input and round once at the end.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """Look up ``ids`` [num_tokens] in ``table`` [vocab, dim]: [num_tokens, dim]."""
+    return table.index_select(0, ids)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` [num_tokens, num_in] times ``weight`` [num_out, num_in] transposed, plus ``bias`` [num_out]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row of ``x`` [..., dim] to root mean square 1, then by ``weight`` [dim]. https://arxiv.org/abs/1910.07467."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``rms_norm(x + residual)`` and the sum, which is the next residual; both [num_tokens, dim]."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Shift and scale each row of ``x`` [..., dim] to mean 0 and variance 1, then by ``weight`` and ``bias`` [dim]."""
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    scaled = normed * weight.float()
+    return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``layer_norm(x + residual)`` and the sum, which is the next residual; both [num_tokens, dim]."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + half) of the first ``2 * half`` channels of each head by the token's angles.
+
+    ``x`` [num_tokens, num_heads, head_dim]; ``cos`` and ``sin`` [num_tokens, half] float32. Channels beyond ``2 * half`` pass
+    unchanged (partial rotary). https://arxiv.org/abs/2104.09864, in the half-split order of the Llama checkpoints.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, which GPT-2 was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+# Name in a config.json -> function.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": F.silu,
+        "swish": F.silu,
+        "gelu": F.gelu,
+        "gelu_new": _gelu_tanh,
+        "gelu_pytorch_tanh": _gelu_tanh,
+        "relu": F.relu,
+    }
+)
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """Apply the function called ``name`` to each element."""
+    return ACTIVATIONS[name](x)
+
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """``x`` [num_tokens, 2 * dim] holds gate and up side by side: activation(gate) * up, [num_tokens, dim]."""
+    gate, up = x.chunk(2, dim=-1)
+    return activation(gate, name) * up
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Put ``k`` and ``v`` [num_tokens, num_kv_heads, head_dim] into the KV slots ``slots`` [num_tokens] of the caches.
+
+    The caches are [num_blocks, block_size, num_kv_heads, head_dim]; slot = block * block_size + offset.
+    """
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+
+
+def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:
+    """Copy whole blocks ``src`` [n] to ``dst`` [n] of one cache tensor; all sources are read before any is written."""
+    cache.index_copy_(0, dst, cache.index_select(0, src))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first_position: int, scale: float, window: int | None) -> Tensor:
+    """Causal attention of one sequence, the definition: softmax(q k^T * scale) v, in float32.
+
+    ``q`` [num_queries, num_heads, head_dim] are the tokens from ``first_position`` on; ``k`` and ``v`` [num_keys, num_kv_heads,
+    head_dim] are the tokens from position 0 on. Query head h reads KV head h // (num_heads / num_kv_heads). With a ``window``
+    w, the query at p sees the keys p - w + 1 .. p.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    at = torch.arange(q.shape[0], device=q.device)[:, None] + first_position
+    key_at = torch.arange(k.shape[0], device=q.device)[None, :]
+    hidden = (key_at > at) if window is None else (key_at > at) | (key_at <= at - window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)

@@ -1,0 +1,198 @@
+"""Weights, from safetensors files straight into the decoder's parameters, in one pass.
+
+Each layer reads only the slice that is its rank's, cast while it is copied. Every tensor of the checkpoint is accounted for:
+loaded, or known to hold nothing; one that is missing, left over or of another shape is an error that names it, because a model
+that is almost loaded speaks nonsense fluently. Pickle files are never opened.
+
+``dummy`` weights come through the same way from a source of seeded random numbers, so they exercise the same code.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minivllm.errors import BrokenModelFolder, PicklesOnly
+from minivllm.layers.source import ALL, Loadable, RowRange, TensorSource, Transposed
+from minivllm.models.decoder import Decoder
+from minivllm.models.hf_config import read_json
+from minivllm.models.spec import Weight, WeightNames
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_REMEDY = "fetch the model again"
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in an open safetensors file."""
+
+    file: Any  # safe_open's handle
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See ``TensorSource``."""
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
+        """See ``TensorSource``."""
+        found = self.file.get_slice(self.name)
+        return cast(Tensor, found[rows] if cols == ALL else found[rows, cols])
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """A tensor of seeded random numbers; every rank slices the same ones."""
+
+    shape: tuple[int, ...]
+    seed: int
+    mean: float
+    deviation: float
+
+    def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
+        """See ``TensorSource``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = torch.empty(self.shape).normal_(self.mean, self.deviation, generator=generator)
+        return found[rows] if cols == ALL else found[rows, cols]
+
+
+def load_checkpoint(decoder: Decoder, names: WeightNames, folder: Path) -> None:
+    """Fill ``decoder`` from the safetensors files of ``folder``; raises ``BrokenModelFolder`` or ``PicklesOnly``."""
+    with ExitStack() as stack:
+        found: dict[str, TensorSource] = {}
+        for path in weight_files(folder):
+            file = stack.enter_context(_open(path))
+            for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                if name in found:
+                    raise BrokenModelFolder(f"{path.name} holds the tensor {name} that another file holds too; {_REMEDY}.")
+                found[name] = FileTensor(file, name)
+        _fill(decoder, names.places, _match(names, found))
+
+
+def load_dummy(decoder: Decoder, names: WeightNames, seed: int) -> None:
+    """Fill ``decoder`` with random weights, the same for a seed, scaled so that its greedy text is not one token."""
+    sources: dict[str, TensorSource] = {}
+    for i, (name, places) in enumerate(names.places.items()):
+        shape = list(_layer(decoder, places[0]).shape(places[0].part, places[0].tensor))
+        shape[0] = max([shape[0], *(w.rows[1] for w in places if w.rows)])
+        if places[0].transposed:
+            shape.reverse()
+        sources[name] = _random_tensor(tuple(shape), places[0], seed * 1_000_003 + i)
+    _fill(decoder, names.places, sources)
+
+
+def _random_tensor(shape: tuple[int, ...], place: Weight, seed: int) -> RandomTensor:
+    """Random numbers fit for the place: norms near one, matrices by their inputs, tables small beside what layers add."""
+    if place.module.endswith("norm"):
+        return RandomTensor(shape, seed, 1.0 if place.tensor == "weight" else 0.0, 0.03)
+    if len(shape) == 1:
+        return RandomTensor(shape, seed, 0.0, 0.03)
+    if place.module in ("embedding", "positions", "head_table"):
+        return RandomTensor(shape, seed, 0.0, 0.3)
+    num_in = shape[0] if place.transposed else shape[1]
+    return RandomTensor(shape, seed, 0.0, float(2.0 * num_in**-0.5))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a model; raises ``BrokenModelFolder`` or ``PicklesOnly``."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise BrokenModelFolder(f"{index} has no weight_map; {_REMEDY}.")
+        paths = [folder / name for name in sorted(set(shards.values()))]
+        if missing := [p.name for p in paths if not p.is_file()]:
+            raise BrokenModelFolder(f"{folder} lacks {', '.join(missing)}, which its index names; {_REMEDY}.")
+        return paths
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if not others and any(folder.glob("*.bin")):
+        raise PicklesOnly(f"{folder} has weights only as pickles, which are never opened; convert it to safetensors.")
+    raise BrokenModelFolder(f"{folder} has no model.safetensors and no index of shards; {_REMEDY}.")
+
+
+def checkpoint_dtype(folder: Path) -> str | None:
+    """The precision of the first float tensor of the checkpoint, from the file's header; None for one that is not served."""
+    header = weight_files(folder)[0].open("rb")
+    with header:
+        length = int.from_bytes(header.read(8), "little")
+        try:
+            tensors = json.loads(header.read(min(length, 100 * 2**20)))
+            kinds = {t["dtype"] for name, t in tensors.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BrokenModelFolder(f"{header.name} is not a whole safetensors file; {_REMEDY}.") from None
+    found = [name for kind, name in (("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")) if kind in kinds]
+    return found[0] if found else None
+
+
+def _open(path: Path) -> Any:
+    """Open a safetensors file; raises ``BrokenModelFolder``."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BrokenModelFolder(f"{path} is truncated or not a safetensors file ({error}); {_REMEDY}.") from None
+
+
+def _match(names: WeightNames, found: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Bring the checkpoint's names to the expected ones; raises ``BrokenModelFolder`` for missing and unexpected tensors."""
+    plain = {name.removeprefix(names.optional_prefix): source for name, source in found.items()}
+    ignored = [re.compile(pattern) for pattern in names.ignored]
+    kept = {n: s for n, s in plain.items() if n in names.places or not any(p.fullmatch(n) for p in ignored)}
+    for what, odd in (("lacks", names.places.keys() - kept.keys()), ("has unexpected", kept.keys() - names.places.keys())):
+        if odd:
+            shown = ", ".join(sorted(odd)[:3]) + (", ..." if len(odd) > 3 else "")
+            raise BrokenModelFolder(
+                f"The checkpoint {what} {len(odd)} tensors ({shown}), so it is not the model of its config.json; {_REMEDY}."
+            )
+    return kept
+
+
+def _fill(decoder: Decoder, places: Mapping[str, tuple[Weight, ...]], sources: Mapping[str, TensorSource]) -> None:
+    """Load every place from its source, check that none is left out, and finish every layer."""
+    due = {(path, *pair) for path, layer in _layers(decoder) for pair in layer.tensors()}
+    for name, weights in places.items():
+        whole = 0  # rows of the checkpoint tensor that the places account for
+        for place in weights:
+            source: TensorSource = Transposed(sources[name]) if place.transposed else sources[name]
+            rows = source.shape[0] if source.shape else 0
+            if place.rows is not None:
+                source = RowRange(source, *place.rows)
+            expected = _layer(decoder, place).shape(place.part, place.tensor)
+            whole += expected[0]
+            if source.shape != expected:
+                raise BrokenModelFolder(
+                    f"Tensor {name} has shape {source.shape} where config.json leads to {expected}; {_REMEDY}."
+                )
+            try:
+                _layer(decoder, place).load(place.part, place.tensor, source)
+            except SafetensorError as error:
+                raise BrokenModelFolder(f"Tensor {name} cannot be read ({error}); {_REMEDY}.") from None
+            due.remove((place.module, place.part, place.tensor))
+        if whole != rows:
+            raise BrokenModelFolder(f"Tensor {name} has {rows} rows where config.json leads to {whole}; {_REMEDY}.")
+    if due:
+        raise RuntimeError(f"no checkpoint name leads to {sorted(due)[0]}: the architecture's weight names are incomplete")
+    for _, layer in _layers(decoder):
+        layer.finish()
+
+
+def _layers(decoder: Decoder) -> Iterator[tuple[str, Loadable]]:
+    """Every layer with weights, and its path."""
+    for path, module in decoder.named_modules():
+        if hasattr(module, "tensors"):
+            yield path, cast(Loadable, module)
+
+
+def _layer(decoder: Decoder, place: Weight) -> Loadable:
+    """The layer that a weight belongs to."""
+    return cast(Loadable, decoder.get_submodule(place.module))

@@ -1,0 +1,145 @@
+"""The runner: it computes what a plan says and decides nothing.
+
+A step has three moments. ``launch`` applies the plan's differences to the rows and runs the body of the model;
+``Pending.sample`` turns the last hidden states into tokens and writes them where the next step reads them;
+``Pending.result`` is the only place that waits. So a next step may be launched before anybody has read this one's tokens.
+
+The runner never asks who a sequence belongs to, whether it is finished or why it runs. What it cannot do it refuses with a
+``PlanError``, and never obeys in part.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minivllm.attention.base import AttentionBackend, KVLayer
+from minivllm.kernels.ops import Ops
+from minivllm.models.decoder import Decoder
+from minivllm.runner.batch import Sampled, build_batch, to_device
+from minivllm.runner.rows import PlanError, Rows
+from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes
+
+
+class RowSampler(Protocol):
+    """What chooses tokens; the real one is ``sampling/sampler.py``."""
+
+    def set_row(self, new: NewRow) -> None:
+        """A sequence takes a row, with its sampling parameters."""
+
+    def free_row(self, row: int) -> None:
+        """Nobody has the row any more."""
+
+    def sample(self, logits: Tensor, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: Tensor) -> Tensor:
+        """``logits`` [num_sampled, vocab] float32, which may be overwritten -> token ids [num_sampled] int64.
+
+        ``positions`` [num_sampled]: index in its sequence of the token to come; ``tokens`` [max_num_seqs, over max_model_len]
+        int32: the known tokens of every row.
+        """
+
+
+class Pending:
+    """A launched step. Written by the thread that drives the runner."""
+
+    def __init__(self, runner: "Runner", plan: StepPlan, hidden: Tensor | None, sampled: Sampled | None) -> None:
+        self.runner, self.plan = runner, plan
+        self.hidden, self.sampled = hidden, sampled  # [num_sampled, hidden]; None: nothing to sample
+        self.launched_s = time.monotonic()
+        self.token_ids: Tensor | None = None  # [num_sampled] int64
+        self.bad: Tensor | None = None  # [num_sampled]: logits that are not numbers
+        self.done = False
+
+    @torch.inference_mode()
+    def sample(self, masks: None = None) -> None:
+        """Run the head and choose tokens. ``masks`` is where grammar masks will arrive; there are none yet."""
+        if masks is not None:
+            raise PlanError("grammar masks are not built")
+        self.done = True
+        if self.hidden is None or self.sampled is None:
+            return
+        logits = self.runner.decoder.head(self.hidden)  # [num_sampled, vocab]
+        low, high = torch.aminmax(logits, dim=-1)
+        self.bad = ~(low.isfinite() & high.isfinite())
+        logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
+        chosen = self.sampled
+        self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.rows.tokens)
+        self.runner.rows.put_tokens(chosen.device_rows, chosen.device_positions, self.token_ids)
+        self.hidden = None
+
+    def result(self) -> StepResult:
+        """Wait for the tokens; row i of the result is the plan's work i."""
+        if not self.done:
+            raise PlanError("sample() must be called before result()")
+        tokens: list[tuple[int, ...]] = [()] * len(self.plan.work)
+        bad_rows: list[int] = []
+        if self.token_ids is not None and self.sampled is not None and self.bad is not None:
+            for place, token, bad in zip(self.sampled.work, self.token_ids.tolist(), self.bad.tolist(), strict=True):
+                tokens[place] = (token,)
+                if bad:
+                    bad_rows.append(place)
+        times = StepTimes(self.launched_s, time.monotonic())
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows))
+
+
+class Runner:
+    """One device's share of a model and its running rows. Driven by one thread; the scheduler's plans are its only input."""
+
+    def __init__(
+        self, decoder: Decoder, caches: Sequence[KVLayer], backend: AttentionBackend, ops: Ops, rows: Rows, sampler: RowSampler
+    ) -> None:
+        self.decoder, self.caches, self.backend = decoder, tuple(caches), backend
+        self.ops, self.rows, self.sampler = ops, rows, sampler
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Apply the plan's differences and run the body. Raises ``PlanError``."""
+        self._refuse_unbuilt(plan)
+        for row in plan.freed_rows:
+            self.rows.free(row)
+            self.sampler.free_row(row)
+        for new in plan.new_rows:
+            self.rows.take(new)
+            self.sampler.set_row(new)
+        self._copy_blocks(plan.copies)
+        for work in plan.work:
+            self.rows.begin(work)
+        if not plan.work:
+            return Pending(self, plan, None, None)
+        batch, sampled = build_batch(plan.work, self.rows, self.backend)
+        for work in plan.work:
+            self.rows.computed[work.row] += work.num_tokens
+        self.rows.known[sampled.rows] = sampled.positions + 1
+        hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
+        if not sampled.work:
+            return Pending(self, plan, None, None)
+        return Pending(self, plan, hidden.index_select(0, batch.logit_rows), sampled)
+
+    def _copy_blocks(self, copies: Sequence[CopyBlock]) -> None:
+        """Copy whole blocks in every layer, all sources read before any is overwritten."""
+        if not copies:
+            return
+        places = np.array([[c.src for c in copies], [c.dst for c in copies]], dtype=np.int64)
+        src, dst = to_device(places, self.rows.tokens.device)
+        for cache in self.caches:
+            self.ops.copy_blocks(cache.k, src, dst)
+            self.ops.copy_blocks(cache.v, src, dst)
+
+    @staticmethod
+    def _refuse_unbuilt(plan: StepPlan) -> None:
+        """Raise ``PlanError`` for what the types can say and this runner cannot do."""
+        if plan.grammar_rows:
+            raise PlanError("grammar rows are not built")
+        for new in plan.new_rows:
+            if new.lora_slot:
+                raise PlanError("LoRA adapters are not built")
+        for work in plan.work:
+            if work.draft_ids:
+                raise PlanError("draft tokens are not built")
+            if work.wants & ~WANT_SAMPLE:
+                raise PlanError("prompt logprobs and pooling are not built")
+        if any(copy.group for copy in plan.copies):
+            raise PlanError("there is one KV group only")

@@ -1,0 +1,109 @@
+"""The reference ops against float64 arithmetic written out by hand."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minivllm.kernels import reference
+from minivllm.kernels.ops import Ops, invariant_ops, reference_ops
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wide(x: torch.Tensor) -> np.ndarray[Any, Any]:
+    return x.double().numpy()
+
+
+TABLES = [reference_ops(), invariant_ops()]
+
+
+@pytest.fixture(params=TABLES, ids=lambda ops: ops.name)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_linear(ops: Ops, rows: int) -> None:
+    x, w, b = draw(rows, 40), draw(24, 40, seed=1), draw(24, seed=2)
+    np.testing.assert_allclose(ops.linear(x, w, b).numpy(), wide(x) @ wide(w).T + wide(b), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ops.linear(x, w, None).numpy(), wide(x) @ wide(w).T, rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm(ops: Ops) -> None:
+    x, w, r = draw(7, 48), draw(48, seed=1), draw(7, 48, seed=2)
+    y = wide(x)
+    expected = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * wide(w)
+    np.testing.assert_allclose(ops.rms_norm(x, w, 1e-5).numpy(), expected, rtol=1e-5, atol=1e-5)
+    normed, total = ops.add_rms_norm(x, r, w, 1e-5)
+    assert torch.equal(total, x + r)
+    assert torch.equal(normed, ops.rms_norm(x + r, w, 1e-5))
+
+
+def test_layer_norm(ops: Ops) -> None:
+    x, w, b, r = draw(7, 48) + 3, draw(48, seed=1), draw(48, seed=3), draw(7, 48, seed=2)
+    y = wide(x)
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * wide(w)
+    np.testing.assert_allclose(ops.layer_norm(x, w, b, 1e-5).numpy(), y + wide(b), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ops.layer_norm(x, w, None, 1e-5).numpy(), y, rtol=1e-4, atol=1e-5)
+    normed, total = ops.add_layer_norm(x, r, w, b, 1e-5)
+    assert torch.equal(total, x + r)
+    assert torch.equal(normed, ops.layer_norm(x + r, w, b, 1e-5))
+
+
+@pytest.mark.parametrize("half", [4, 3])
+def test_rope_is_a_rotation_of_pairs(ops: Ops, half: int) -> None:
+    x, angles = draw(5, 2, 8), draw(5, half, seed=1)
+    out = ops.rope(x, angles.cos(), angles.sin())
+    for t in range(5):
+        for h in range(2):
+            for i in range(half):
+                turned = complex(x[t, h, i], x[t, h, half + i]) * complex(math.cos(angles[t, i]), math.sin(angles[t, i]))
+                assert complex(out[t, h, i], out[t, h, half + i]) == pytest.approx(turned, abs=1e-5)
+    assert torch.equal(out[..., 2 * half :], x[..., 2 * half :])
+
+
+def test_activations(ops: Ops) -> None:
+    x = draw(3, 50)
+    y = wide(x)
+    erf = np.vectorize(math.erf)
+    expected = {
+        "silu": y / (1 + np.exp(-y)),
+        "gelu": y * (1 + erf(y / math.sqrt(2))) / 2,
+        "gelu_new": 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+        "relu": np.maximum(y, 0),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(ops.activation(x, name).numpy(), values, rtol=1e-4, atol=1e-5)
+        gated = ops.gated_activation(x, name).numpy()
+        np.testing.assert_allclose(gated, values[:, :25] * y[:, 25:], rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_kv_write_and_copy(ops: Ops) -> None:
+    table = draw(9, 4)
+    assert torch.equal(ops.embedding(torch.tensor([3, 0, 3]), table), table[[3, 0, 3]])
+    k_cache, v_cache = torch.zeros(4, 2, 1, 3), torch.zeros(4, 2, 1, 3)
+    k, v = draw(2, 1, 3), draw(2, 1, 3, seed=1)
+    ops.kv_write(k, v, k_cache, v_cache, torch.tensor([5, 2]))
+    assert torch.equal(k_cache[2, 1], k[0]) and torch.equal(k_cache[1, 0], k[1])
+    assert torch.equal(v_cache[2, 1], v[0]) and torch.equal(v_cache[1, 0], v[1])
+    assert int((k_cache != 0).sum()) == 6
+    before = k_cache.clone()
+    ops.copy_blocks(k_cache, torch.tensor([2, 1]), torch.tensor([1, 3]))  # block 1 is read before it is overwritten
+    assert torch.equal(k_cache[1], before[2]) and torch.equal(k_cache[3], before[1])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_written_out(window: int | None) -> None:
+    q, k, v = draw(4, 4, 6), draw(9, 2, 6, seed=1), draw(9, 2, 6, seed=2)
+    found = reference.attention(q, k, v, 5, 0.4, window)
+    for i in range(4):
+        low = 0 if window is None else max(0, 5 + i - window + 1)
+        for h in range(4):
+            keys, values = wide(k)[low : 5 + i + 1, h // 2], wide(v)[low : 5 + i + 1, h // 2]
+            weights = np.exp(keys @ wide(q)[i, h] * 0.4)
+            np.testing.assert_allclose(found[i, h].numpy(), weights @ values / weights.sum(), rtol=1e-4, atol=1e-5)
