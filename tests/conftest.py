@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# These tests are about the CPU backend, also on a machine that has a GPU; the processes they start inherit it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 REPO = Path(__file__).resolve().parent.parent
 
 

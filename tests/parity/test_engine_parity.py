@@ -6,8 +6,8 @@ For each architecture with random weights (and for the bundled model), 32 prompt
     (e) a second time, with every prefix cached,
 
 and counts assert that chunks, preemptions and hits really happened. In batch-invariant mode the logits of every sampled
-position are bitwise equal from (a) to (e). Without it, and against transformers, tokens are equal up to the first position where the two best tokens of a float64
-reference are closer than ``GAP``; such positions are listed, anything else fails.
+position are bitwise equal from (a) to (e). Without it, and against transformers, tokens are equal up to the first position
+where the two best tokens of a float64 reference are closer than ``GAP``; such positions are listed, anything else fails.
 """
 
 from collections.abc import Sequence
