@@ -113,6 +113,29 @@ def test_closing_the_generator_frees_the_blocks(tokenizer: Tokenizer) -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_blocks_of_a_client_that_went_away_are_free_within_two_steps(tokenizer: Tokenizer, overlap: int) -> None:
+    async def scene() -> None:
+        engine = fake_engine(tokenizer.vocab_size, overlap=overlap)
+        async with serving(tokenizer, engine) as (llm, _):
+            records = []
+            observe = llm.metrics.observe
+            llm.metrics.observe = lambda r: (records.append(r), observe(r))  # type: ignore[assignment,method-assign]
+            stays = asyncio.create_task(collect(llm, "stays", (9, 8, 7), greedy(400)))
+            leaves = llm.generate("leaves", (1, 2, 3), greedy(400))
+            for _ in range(5):
+                await anext(leaves)
+            told_at = records[-1].step
+            await leaves.aclose()
+            await stays
+        last = max(r.step for r in records if any(row.id == "leaves" for row in r.rows))
+        assert last - told_at <= 2 + overlap  # steps planned before the engine could hear of it
+        after = next(r for r in records if r.step == last + 1)
+        assert after.num_running == 1
+
+    asyncio.run(scene())
+
+
 def test_a_stop_string_ends_the_request_in_the_engine(tokenizer: Tokenizer) -> None:
     async def scene() -> None:
         engine = fake_engine(tokenizer.vocab_size)
