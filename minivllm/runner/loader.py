@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minivllm.errors import BrokenModelFolder, PicklesOnly
+from minivllm.errors import BrokenModelFolder
 from minivllm.layers.source import ALL, Loadable, RowRange, TensorSource, Transposed
 from minivllm.models.decoder import Decoder
-from minivllm.models.hf_config import read_json
+from minivllm.models.hub import weight_files
 from minivllm.models.spec import Weight, WeightNames
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,27 +98,6 @@ def _random_tensor(shape: tuple[int, ...], place: Weight, seed: int) -> RandomTe
         return RandomTensor(shape, seed, 0.0, 0.3)
     num_in = shape[0] if place.transposed else shape[1]
     return RandomTensor(shape, seed, 0.0, float(2.0 * num_in**-0.5))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a model; raises ``BrokenModelFolder`` or ``PicklesOnly``."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise BrokenModelFolder(f"{index} has no weight_map; {_REMEDY}.")
-        paths = [folder / name for name in sorted(set(shards.values()))]
-        if missing := [p.name for p in paths if not p.is_file()]:
-            raise BrokenModelFolder(f"{folder} lacks {', '.join(missing)}, which its index names; {_REMEDY}.")
-        return paths
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    if not others and any(folder.glob("*.bin")):
-        raise PicklesOnly(f"{folder} has weights only as pickles, which are never opened; convert it to safetensors.")
-    raise BrokenModelFolder(f"{folder} has no model.safetensors and no index of shards; {_REMEDY}.")
 
 
 def checkpoint_dtype(folder: Path) -> str | None:
