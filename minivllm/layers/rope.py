@@ -37,9 +37,9 @@ class RopeSpec:
     truncate: bool = True  # yarn: round the ramp's ends to whole channels
 
 
-def frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
+def frequencies(rope: RopeSpec) -> Tensor:
     """Radians per position of each channel pair: [rotary_dim / 2] float32."""
-    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device=device).float() / rope.rotary_dim
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
         return plain
@@ -54,7 +54,7 @@ def frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-        channels = torch.arange(rope.rotary_dim // 2, dtype=torch.float32, device=device)
+        channels = torch.arange(rope.rotary_dim // 2, dtype=torch.float32)
         kept = 1 - (channels - low) / (high - low if high != low else 0.001)
     kept = kept.clamp(0, 1)
     return slow * (1 - kept) + plain * kept
@@ -74,10 +74,11 @@ class RopeTable(nn.Module):
 
     def __init__(self, rope: RopeSpec, max_positions: int, device: torch.device) -> None:
         super().__init__()
-        positions = torch.arange(max_positions, dtype=torch.float32, device=device)
-        angles = positions[:, None] * frequencies(rope, device)[None, :]
-        self.register_buffer("cos", angles.cos() * rope.attention_factor)  # [max_positions, rotary_dim / 2] float32
-        self.register_buffer("sin", angles.sin() * rope.attention_factor)
+        # Made on the CPU for every device: the same bits everywhere. (And torch.arange on a "meta" device imports the whole of
+        # torch's compiler: 1.6 s of the time to the first token.)
+        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies(rope)[None, :]
+        self.register_buffer("cos", (angles.cos() * rope.attention_factor).to(device))  # [max_positions, rotary_dim / 2]
+        self.register_buffer("sin", (angles.sin() * rope.attention_factor).to(device))  # float32, both
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of ``positions`` [num_tokens] int64: both [num_tokens, rotary_dim / 2] float32."""
