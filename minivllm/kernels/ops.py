@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from minivllm.kernels import invariant, reference
+from minivllm.kernels import few_shapes, invariant, reference
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def reference_ops() -> Ops:
         kv_write=reference.kv_write,
         copy_blocks=reference.copy_blocks,
     )
+
+
+def few_shapes_ops() -> Ops:
+    """Plain torch for 16-bit weights on a CPU, where every new shape of a product costs memory that stays."""
+    return replace(reference_ops(), name="few-shapes", linear=few_shapes.linear)
 
 
 def invariant_ops() -> Ops:

@@ -15,7 +15,7 @@ from minivllm.attention.select import select_backend
 from minivllm.config import Config
 from minivllm.errors import InvalidOption
 from minivllm.kernels.invariant import check_linear
-from minivllm.kernels.ops import invariant_ops, reference_ops
+from minivllm.kernels.ops import Ops, few_shapes_ops, invariant_ops, reference_ops
 from minivllm.layers.linear import head_share
 from minivllm.layers.setup import Setup
 from minivllm.models.decoder import Decoder
@@ -50,7 +50,7 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     blueprint = read_model(HFConfig.read(folder))
     spec, comm = blueprint.spec, SoloComm()
     dtype, notes = _dtype(config, spec, folder, device)
-    ops = invariant_ops() if config.runner.batch_invariant else reference_ops()
+    ops = _ops(config, dtype, device)
     backend, passed_over = select_backend(_attention_need(config, spec, dtype, device, comm), ops)
     setup = Setup(ops, comm, linear_method(config.model.quantization), backend, dtype, device)
     kv_heads = head_share(spec.num_heads, spec.num_kv_heads, comm).num_kv_heads
@@ -93,6 +93,13 @@ def _device(config: Config) -> torch.device:
     if config.runner.device == "cuda" and not there:
         raise InvalidOption("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
     return torch.device("cuda" if there and config.runner.device != "cpu" else "cpu")
+
+
+def _ops(config: Config, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The way of computing that fits the options and the device."""
+    if config.runner.batch_invariant:
+        return invariant_ops()
+    return few_shapes_ops() if device.type == "cpu" and dtype.itemsize == 2 else reference_ops()
 
 
 def _num_cores() -> int:

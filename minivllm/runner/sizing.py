@@ -19,6 +19,7 @@ from minivllm.runner.kv_cache import KVShape
 CPU_SHARE = 0.4  # of the memory that is free: a server shares its machine
 GPU_SHARE = 0.9  # of the device's memory
 CPU_CACHE_LIMIT_BYTES = 4 * 2**30  # unless an option asks for more
+CPU_KERNELS_BYTES = 48 * 2**20  # compiled for the shapes of 16-bit products (kernels/few_shapes.py); measured
 GIB = 2**30
 
 
@@ -40,6 +41,8 @@ def settle(config: Config, spec: ModelSpec, shape: KVShape, weights_bytes: int, 
         raise InvalidOption(f"--max-model-len is {asked}, but this model's positions end at {spec.max_positions}; lower it.")
     length = asked or spec.max_positions
     workspace = workspace_bytes(config, spec, shape.dtype, length)
+    if device.type == "cpu" and shape.dtype.itemsize == 2:
+        workspace += CPU_KERNELS_BYTES
     block_bytes = shape.block_bytes(spec.num_layers)
     num_blocks, available = _num_blocks(config, length, block_bytes, weights_bytes + workspace, device)
     fits = (num_blocks - 1) * shape.block_size  # tokens of one sequence that has the cache to itself

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minivllm.kernels import reference
-from minivllm.kernels.ops import Ops, invariant_ops, reference_ops
+from minivllm.kernels.ops import Ops, few_shapes_ops, invariant_ops, reference_ops
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def wide(x: torch.Tensor) -> np.ndarray[Any, Any]:
     return x.double().numpy()
 
 
-TABLES = [reference_ops(), invariant_ops()]
+TABLES = [reference_ops(), invariant_ops(), few_shapes_ops()]
 
 
 @pytest.fixture(params=TABLES, ids=lambda ops: ops.name)
