@@ -107,8 +107,9 @@ class Scheduler:
         events: list[TokenEvent] = []
         if result.bad_rows:
             self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
+        live = self._book.live
         for entry, tokens in zip(flight.entries, result.tokens, strict=True):
-            if self._book.is_live(entry.request):
+            if live.get(entry.request.uid) is entry.request:
                 self._apply_entry(entry, tokens, now, events)
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
@@ -125,9 +126,15 @@ class Scheduler:
             request.computed += entry.num_tokens - rejected
         if not tokens:
             return
-        reason, stop_reason, kept = self._append(request, tokens)
+        known = request.token_ids
+        reason, stop_reason, kept = None, None, 1
+        if len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit:
+            known.append(tokens[0])  # what nearly every row of nearly every step does
+        else:
+            reason, stop_reason, kept = self._append(request, tokens)
+            tokens = tokens[:kept]
         self._ledger.tokens(request, kept, now)
-        events.append(TokenEvent(request.spec.id, tuple(tokens[:kept]), reason, stop_reason, request.cached or 0))
+        events.append(TokenEvent(request.spec.id, tuple(tokens), reason, stop_reason, request.cached or 0))
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
         if reason is not None:
