@@ -1,7 +1,9 @@
 """Fixtures that every test may use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,33 @@ def shared_data() -> Path:
 def bundled_model(repo: Path) -> Path:
     """The model that ships with the project."""
     return repo / "minivllm" / "assets" / "stories"
+
+
+@pytest.fixture(scope="session")
+def make_driver() -> Any:
+    """``make_driver(shuffle=None, **options)`` -> a driver of a new runner."""
+    import model_driver
+
+    return model_driver.make_driver
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Any:
+    """The module with the small random models and ``save_model``."""
+    import tiny_models
+
+    return tiny_models
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Any) -> Callable[[str], tuple[Path, Any]]:
+    """``tiny_model(case)`` -> folder and transformers' model, made once a session."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def get(case: str) -> tuple[Path, Any]:
+        if case not in made:
+            folder = tmp_path_factory.mktemp(case)
+            made[case] = (folder, tiny_models.save_model(case, folder))
+        return made[case]
+
+    return get
