@@ -13,11 +13,10 @@ from typing import Any
 from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, tokenizer_folder
 from minivllm.engine.build import build_engine
-from minivllm.engine.engine import Engine
 from minivllm.errors import GenerationFailed
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams, StepRecord
+from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams
 
 
 @dataclass
@@ -36,15 +35,14 @@ class Completion:
 class LLM:
     """A model ready to generate. Written by the thread that calls it."""
 
-    def __init__(self, model: str | None = None, *, engine: Engine | None = None, **options: Any) -> None:
-        """Load a model (a folder or a hub name; none: the bundled one). ``options`` are those of ``mini-vllm serve``. An
-        ``engine`` that was built elsewhere is used as it is. Raises ``StartupError``."""
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        """Load a model (a folder or a hub name; none: the bundled one). ``options`` are those of ``mini-vllm serve``. Raises
+        ``StartupError``."""
         config = make_config(**options, **({"model": model} if model is not None else {}))
         config, folder = locate(config)
         self.config = config
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder(config, folder), config.model.chat_template)
-        self.engine = engine or build_engine(config)
-        self.on_record: Callable[[StepRecord], None] | None = None
+        self.engine = build_engine(config)
         self._seeds = random.Random(config.model.seed)
         self._next_id = 0
 
@@ -102,8 +100,6 @@ class LLM:
             message = self.engine.step()
             if message is None:
                 continue
-            if message.record is not None and self.on_record is not None:
-                self.on_record(message.record)
             news, to_abort = outputs.process(message.events)
             self.engine.abort(to_abort)
             for output in news:

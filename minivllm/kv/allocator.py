@@ -181,11 +181,6 @@ class Allocator:
         """Every (group, block) that a sequence holds."""
         return [(g, b) for g, ids in enumerate(self._held[uid].blocks) for b in ids]
 
-    def reset_prefix_cache(self) -> None:
-        """Forget every cached block that nobody holds."""
-        for pool in self._pools:
-            pool.clear_cached()
-
     # -- inside ----------------------------------------------------------------------------------------------------------
 
     def _find_prefix(self, uid: int, token_ids: Sequence[int]) -> list[list[int]]:

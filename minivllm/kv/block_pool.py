@@ -115,11 +115,6 @@ class BlockPool:
             del self._cached[block]
             self._free.append(block)
 
-    def clear_cached(self) -> None:
-        """Forget every block that nobody holds."""
-        for block in list(self._cached):
-            self.unpublish(block)
-
     def _forget_key(self, block: int) -> None:
         key = self._keys[block]
         if key is not None:

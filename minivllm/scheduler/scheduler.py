@@ -66,6 +66,8 @@ class Scheduler:
         """Queue a request. Raises ``ContextTooLong`` or ``InvalidRequest`` for one that could never run."""
         if spec.id in self._book.by_id:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
+        if spec.lora is not None or spec.output != "text" or spec.deadline_s is not None:
+            raise InvalidRequest("Adapters, pooled outputs and deadlines are not served yet; leave them out.")
         request = self._book.make(spec)
         longest = min(self.limits.max_model_len, self._kv.capacity_tokens)
         if request.num_prompt >= longest or request.token_limit > longest:

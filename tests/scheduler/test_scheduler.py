@@ -158,6 +158,14 @@ def test_an_id_is_used_once_at_a_time() -> None:
         bench.add("a", (1,), 3)
 
 
+@pytest.mark.parametrize("field", [{"lora": "a"}, {"output": "pooled"}, {"deadline_s": 1.0}])
+def test_what_the_types_can_say_and_nobody_serves_yet_is_refused(field: dict[str, object]) -> None:
+    bench = Bench()
+    with pytest.raises(InvalidRequest, match="not served"):
+        bench.add("a", (1, 2), 3, **field)
+    bench.assert_idle()
+
+
 def test_a_request_that_does_not_fit_now_neither_blocks_nor_starves() -> None:
     bench = Bench(num_blocks=17, max_model_len=64)  # 64 tokens
     bench.add("holder", tuple(range(20)), 40)
