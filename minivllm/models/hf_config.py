@@ -4,7 +4,6 @@ Old and new spellings are brought together here (``rope_theta`` and ``rope_scali
 ``rope_parameters``; ``torch_dtype`` against ``dtype``), so that an architecture's file says only what is its own.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +11,10 @@ from typing import Any
 
 from minivllm.errors import BrokenModelFolder, UnsupportedModel
 from minivllm.layers.rope import RopeKind, RopeSpec
+from minivllm.model_files import read_json
 
 _MISSING = object()
 _ROPE_KINDS: Mapping[str, RopeKind] = {"default": "default", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file; raises ``BrokenModelFolder``."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BrokenModelFolder(f"{path.parent} has no {path.name}; give a folder in Hugging Face layout.") from None
-    except (OSError, ValueError) as error:
-        raise BrokenModelFolder(f"{path} cannot be read as JSON ({error}); fetch the model again.") from None
-    if not isinstance(found, dict):
-        raise BrokenModelFolder(f"{path} does not hold a JSON object; fetch the model again.")
-    return found
 
 
 class HFConfig:

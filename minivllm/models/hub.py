@@ -14,9 +14,9 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from minivllm.errors import BrokenModelFolder, ModelNotFound, PicklesOnly
+from minivllm.model_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -115,7 +115,7 @@ def _choose_weights(names: Iterable[str]) -> list[str]:
 
 def _shards(index: Path) -> list[str]:
     """The file names in a sharded checkpoint's index, each once; raises ``BrokenModelFolder`` if it cannot be used."""
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrokenModelFolder(f"{index} has no weight_map; download it again.")
@@ -123,17 +123,6 @@ def _shards(index: Path) -> list[str]:
     if strange := [s for s in shards if not re.fullmatch(r"[\w.\-]+\.safetensors", s, re.ASCII)]:
         raise BrokenModelFolder(f"{index} names {strange[0]!r}, which is not a safetensors file of this folder.")
     return shards
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises ``BrokenModelFolder`` if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenModelFolder(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise BrokenModelFolder(f"{path} is not a JSON object; download it again.")
-    return content
 
 
 def check_safetensors(path: Path) -> None:

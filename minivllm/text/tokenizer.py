@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from minivllm.errors import BrokenModelFolder, InvalidOption, InvalidRequest, UnsupportedModel
+from minivllm.model_files import read_json
 from minivllm.text.chat import ChatTemplate
 from minivllm.text.detokenizer import Detokenizer, Pieces
 
@@ -126,16 +127,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise BrokenModelFolder(f"{path} cannot be read as JSON ({exc}); fetch the model again.") from exc
-    if not isinstance(value, dict):
-        raise BrokenModelFolder(f"{path} does not hold a JSON object; fetch the model again.")
-    return value
+    """The object in a JSON file that a folder may lack: empty then."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
