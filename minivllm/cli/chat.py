@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any, Final, Protocol
 
 from minivllm.cli.options import Parser, add_config, add_model_argument, add_sampling, read_config, read_sampling
+from minivllm.config import options
 from minivllm.errors import EngineDead, InvalidOption, MiniVLLMError
 
 HELP: Final = """/reset  forget the conversation and begin a new one
@@ -104,6 +105,8 @@ def run(argv: Sequence[str]) -> int:
     found = parser.read(argv)
     name = found.model_name if found.model_name is not None else vars(found).get("model")
     system = [] if found.system is None else [{"role": "system", "content": found.system}]
+    if found.url is not None and (own := [o.flag for o in options() if o.name != "model" and o.name in vars(found)]):
+        raise InvalidOption(f"{own[0]} is settled by the server at --url; leave it out here and give it there.")
     with asyncio.Runner() as runner:
         if found.url is not None:
             backend: Backend = RemoteBackend(found.url, name, read_sampling(found))

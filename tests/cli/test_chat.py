@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import pytest
 
-from minivllm.cli.chat import Chat
-from minivllm.errors import EngineDead, InvalidRequest
+from minivllm.cli.chat import Chat, run
+from minivllm.errors import EngineDead, InvalidOption, InvalidRequest
 
 
 class Parrot:
@@ -120,3 +120,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
         assert chat.run() == 0
     assert roles(parrot.seen[1]) == [("user", "first"), ("assistant", "so far "), ("user", "second")]
     assert "(stopped)" in capsys.readouterr().out
+
+
+def test_options_of_the_engine_are_refused_for_a_running_server() -> None:
+    with pytest.raises(InvalidOption, match=r"--dtype .* --url"):
+        run(["--url", "http://127.0.0.1:1", "--dtype", "float32"])
