@@ -1,4 +1,5 @@
-# Needs Python 3.11 or newer and make; no compiler, nothing else. `make help` says what there is.
+# Needs Python 3.11 or newer and make. A C++ compiler (g++) makes CPUs several times faster; without one torch's kernels serve.
+# `make help` says what there is.
 #
 # Without an NVIDIA GPU, constraints/cpu.txt pins the version of torch. Where the configured package index has no CPU build of
 # it, point pip at PyTorch's CPU wheels (their address: pytorch.org/get-started):
@@ -14,13 +15,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: help install serve generate chat bench test lint clean
+.PHONY: help install serve generate chat bench bench-cpu test lint clean
 
 help:
 	@echo 'make serve     serve the bundled model on 127.0.0.1:8000   ARGS="--port 8123" passes options on'
 	@echo 'make generate  complete a prompt                           ARGS="\"Once upon a time\""'
 	@echo 'make chat      talk to the model in the terminal'
 	@echo 'make bench     measure offline throughput                  ARGS="--num-prompts 100"'
+	@echo 'make bench-cpu compare with other engines on the CPU       ARGS="--llama-cpp FOLDER --rounds 1"'
 	@echo 'make test      install what tests need, run them all       ARGS="tests/scheduler -x" runs fewer'
 	@echo 'make lint      ruff and mypy only'
 	@echo 'make clean     remove the installation and caches'
@@ -35,6 +37,7 @@ $(BIN)/python:
 # The stamps make pip run again only when what is to be installed has changed.
 $(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable .
+	$(BIN)/python -m minivllm.kernels.cpu.build
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
@@ -54,6 +57,13 @@ chat: install
 
 bench: install
 	$(BIN)/mini-vllm bench throughput $(ARGS)
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
+bench-cpu: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -42,9 +42,11 @@ class ModelConfig:
     download_dir: Annotated[str | None, Opt("Where hub models are kept; none: the hub library's cache.", common=False)] = None
     load_format: Annotated[Literal["auto", "safetensors", "dummy"], Opt("dummy: random weights, for measuring.")] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Opt("Precision of weights, activations and cache.")
+        Literal["auto", "float32", "bfloat16", "float16"], Opt("Precision of weights and activations.")
     ] = "auto"
-    quantization: Annotated[Literal["none"], Opt("How weights are stored.", flags=("-q",), common=False)] = "none"
+    quantization: Annotated[
+        Literal["none", "int8"], Opt("How weights are stored. int8: rounded while they are loaded (w8a8).", flags=("-q",))
+    ] = "none"
     max_model_len: Annotated[
         int | None, Opt("Longest prompt plus output, in tokens; none: the model's, or what the cache holds.", low=1)
     ] = None
@@ -57,6 +59,9 @@ class CacheConfig:
     """The paged KV cache."""
 
     block_size: Annotated[int, Opt("Tokens per KV block.", low=1, high=1024)] = 16
+    kv_cache_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Opt("Precision of the KV cache; auto: the model's.")
+    ] = "auto"
     kv_cache_memory_bytes: Annotated[
         int | None, Opt("Memory for the KV cache on its device, CPU included (1k = 1000, 1K = 1024, also M and G).", low=1)
     ] = None
@@ -95,6 +100,10 @@ class RunnerConfig:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Opt("Where the model runs.")] = "auto"
     num_threads: Annotated[int | None, Opt("CPU threads of the model; none: one per core.", low=1)] = None
+    cpu_kernels: Annotated[
+        Literal["auto", "native", "torch"],
+        Opt("On a CPU: native ones compiled for this machine, or torch's; auto: native where a compiler is found."),
+    ] = "auto"
     batch_invariant: Annotated[
         bool, Opt("Logits bitwise the same whatever else is in the batch, at a cost in speed.")
     ] = False

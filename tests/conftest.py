@@ -35,6 +35,19 @@ def bundled_model(repo: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def native_table() -> Any:
+    """The compiled CPU kernels as a table of ops; tests of them are skipped where there is no compiler."""
+    from minivllm.kernels.cpu.build import NoNativeKernels, find_or_build
+    from minivllm.kernels.cpu.library import NativeLibrary
+    from minivllm.kernels.ops import native_ops
+
+    try:
+        return native_ops(NativeLibrary(find_or_build()))
+    except NoNativeKernels as reason:
+        pytest.skip(f"no native kernels: {reason}")
+
+
+@pytest.fixture(scope="session")
 def make_driver() -> Any:
     """``make_driver(shuffle=None, **options)`` -> a driver of a new runner."""
     import model_driver

@@ -4,6 +4,9 @@ Three questions, asked at three times: ``missing`` once at start (may it serve t
 host (which rows, which blocks), ``run`` once per layer. ``run`` writes the step's K and V into the cache before any query
 reads it, so a row may read blocks that another row of the same step fills. The split into plan and run is flashinfer's.
 
+How a block lies in memory is the backend's own business too (``pool_shapes``): the rest of the program allocates the pools and
+copies whole blocks, and looks at nothing else in them.
+
 A backend knows positions and block ids. It knows neither requests nor what the tokens are.
 """
 
@@ -15,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from minivllm.kernels.ops import Ops
+
 
 @dataclass(frozen=True)
 class AttnNeed:
@@ -25,7 +30,8 @@ class AttnNeed:
     head_dim: int
     windows: tuple[int | None, ...]  # the different sliding windows of its layers, in tokens; None = sees everything
     block_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of q, k, v and the result
+    kv_dtype: torch.dtype  # of what the cache holds
     device: torch.device
     batch_invariant: bool
 
@@ -45,17 +51,21 @@ class AttnLayer:
 class KVLayer:
     """One layer's cache. Written by the attention backend only, and by the runner when it copies blocks."""
 
-    k: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
-    v: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+    k: Tensor  # [num_blocks, ...]: the backend's ``pool_shapes``
+    v: Tensor  # [num_blocks, ...]
 
 
 @dataclass(frozen=True)
 class AttnMeta:
-    """One step as attention sees it, for one KV group. Host arrays, but for the slots."""
+    """One step as attention sees it, for one KV group. Host arrays, but for the slots.
+
+    The block table is the runner's own, of all its rows, and is never copied: the step after this one may write to it.
+    """
 
     query_starts: npt.NDArray[np.int64]  # [num_rows + 1]: row i's queries are query_starts[i] : query_starts[i + 1]
     context_lens: npt.NDArray[np.int64]  # [num_rows]: tokens in the cache after this step's are written
-    block_tables: npt.NDArray[np.int32]  # [num_rows, max_blocks]; entries past a row's last block are meaningless
+    rows: npt.NDArray[np.int64]  # [num_rows]: which row of the block table each has
+    block_tables: npt.NDArray[np.int32]  # [max_num_seqs, max_blocks]; entries past a row's last block are meaningless
     block_size: int
     slots: Tensor  # [num_tokens] int64 on the device: where each token's K and V go
 
@@ -64,6 +74,9 @@ class AttentionBackend(Protocol):
     """One way of computing attention over the paged cache."""
 
     name: str
+
+    def pool_shapes(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one layer's K and V tensors for ``num_blocks`` blocks; dimension 0 is the block."""
 
     def plan(self, meta: AttnMeta) -> Any:
         """Prepare a step; the result is opaque, frozen, and handed to ``run`` for each layer of the group."""
@@ -77,8 +90,14 @@ class BackendClass(Protocol):
 
     name: str
 
-    def __call__(self, need: AttnNeed, ops: Any) -> AttentionBackend:
+    def __call__(self, need: AttnNeed, ops: Ops) -> AttentionBackend:
         """Make the backend for this need."""
 
-    def missing(self, need: AttnNeed) -> list[str]:
-        """Every reason why it cannot serve this need; empty means it can."""
+    def missing(self, need: AttnNeed, ops: Ops) -> list[str]:
+        """Every reason why it cannot serve this need with these ops; empty means it can."""
+
+
+def token_major_pools(need: AttnNeed, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Pools [num_blocks, block_size, num_kv_heads, head_dim], K and V alike: what ``ops.kv_write`` writes to."""
+    shape = (num_blocks, need.block_size, need.num_kv_heads, need.head_dim)
+    return shape, shape

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer
+from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools
 from minivllm.kernels.ops import Ops
 
 QUERY_TILE = 16  # positions
@@ -44,26 +44,31 @@ class InvariantAttention:
     name = "batch-invariant"
 
     def __init__(self, need: AttnNeed, ops: Ops) -> None:
-        self.device, self.ops = need.device, ops
+        self.need, self.device, self.ops = need, need.device, ops
 
     @staticmethod
-    def missing(need: AttnNeed) -> list[str]:
+    def missing(need: AttnNeed, ops: Ops) -> list[str]:
         """See ``BackendClass``; it can serve anything, slowly."""
         return []
+
+    def pool_shapes(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See ``AttentionBackend``."""
+        return token_major_pools(self.need, num_blocks)
 
     def plan(self, meta: AttnMeta) -> TiledPlan:
         """List the KV slots of each row's positions."""
         rows = []
         for i, context in enumerate(meta.context_lens.tolist()):
             at = np.arange(context)
-            slots = meta.block_tables[i, at // meta.block_size].astype(np.int64) * meta.block_size + at % meta.block_size
+            blocks = meta.block_tables[meta.rows[i], at // meta.block_size].astype(np.int64)
+            slots = blocks * meta.block_size + at % meta.block_size
             start, stop = int(meta.query_starts[i]), int(meta.query_starts[i + 1])
             rows.append(_Row(start, stop, context, torch.from_numpy(slots).to(self.device)))
         return TiledPlan(tuple(rows), meta.slots)
 
     def run(self, plan: TiledPlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
-        self.ops.kv_write(k, v, cache.k, cache.v, plan.slots)
+        self.ops.kv_write(k.to(cache.k.dtype), v.to(cache.v.dtype), cache.k, cache.v, plan.slots)
         out = torch.empty_like(q)  # [num_tokens, num_heads, head_dim]
         for row in plan.rows:
             first = row.context - (row.stop - row.start)

@@ -9,6 +9,7 @@ from minivllm.kernels.ops import Ops
 
 # Fastest first. Imported when asked, so that a backend's own imports cost nothing where it is not considered.
 PREFERENCE = (
+    "minivllm.attention.native:NativeAttention",
     "minivllm.attention.torch_sdpa:TorchAttention",
     "minivllm.attention.invariant:InvariantAttention",
 )
@@ -20,7 +21,7 @@ def select_backend(need: AttnNeed, ops: Ops) -> tuple[AttentionBackend, list[str
     for place in PREFERENCE:
         module, name = place.split(":")
         backend = cast(BackendClass, getattr(import_module(module), name))
-        reasons = backend.missing(need)
+        reasons = backend.missing(need, ops)
         if not reasons:
             return backend(need, ops), passed_over
         passed_over.append(f"Attention backend {backend.name} was passed over: {'; '.join(reasons)}.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer
+from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools
 from minivllm.kernels.ops import Ops
 
 QUERY_TILE = 256  # queries per call of a long prompt: a tile reads no keys past its last query, and its mask stays small
@@ -45,19 +45,23 @@ class TorchAttention:
     name = "torch-sdpa"
 
     def __init__(self, need: AttnNeed, ops: Ops) -> None:
-        self.device, self.block_size, self.ops = need.device, need.block_size, ops
+        self.need, self.device, self.block_size, self.ops = need, need.device, need.block_size, ops
 
     @staticmethod
-    def missing(need: AttnNeed) -> list[str]:
+    def missing(need: AttnNeed, ops: Ops) -> list[str]:
         """See ``BackendClass``."""
         return ["its sums depend on the batch"] if need.batch_invariant else []
+
+    def pool_shapes(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See ``AttentionBackend``."""
+        return token_major_pools(self.need, num_blocks)
 
     def plan(self, meta: AttnMeta) -> SDPAPlan:
         """Find each row's blocks and whether they lie side by side."""
         rows = []
         for i, context in enumerate(meta.context_lens.tolist()):
             num_blocks = -(-context // meta.block_size)
-            ids = meta.block_tables[i, :num_blocks]
+            ids = meta.block_tables[meta.rows[i], :num_blocks]
             side_by_side = bool((np.diff(ids) == 1).all())
             blocks = None if side_by_side else torch.from_numpy(ids.astype(np.int64)).to(self.device)
             start, stop = int(meta.query_starts[i]), int(meta.query_starts[i + 1])
@@ -66,7 +70,7 @@ class TorchAttention:
 
     def run(self, plan: SDPAPlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
-        self.ops.kv_write(k, v, cache.k, cache.v, plan.slots)
+        self.ops.kv_write(k.to(cache.k.dtype), v.to(cache.v.dtype), cache.k, cache.v, plan.slots)
         out = torch.empty_like(q)  # [num_tokens, num_heads, head_dim]
         for row in plan.rows:
             self._attend(row, layer, q, cache, out)
@@ -77,8 +81,7 @@ class TorchAttention:
         first = row.context - (row.stop - row.start)  # position of the row's first query
         low_block = 0 if layer.window is None else max(0, first - layer.window + 1) // self.block_size
         base = low_block * self.block_size  # position of the first key that is read
-        keys = self._read(row, low_block, cache.k)[: row.context - base]
-        values = self._read(row, low_block, cache.v)[: row.context - base]
+        keys, values = (self._read(row, low_block, pool)[: row.context - base].to(q.dtype) for pool in (cache.k, cache.v))
         for start in range(row.start, row.stop, QUERY_TILE):
             stop = min(start + QUERY_TILE, row.stop)
             at = first + start - row.start

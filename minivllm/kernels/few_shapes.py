@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minivllm.kernels import reference
+from minivllm.kernels.matrix import Matrix
 
 
 def padded_rows(num_rows: int) -> int:
@@ -19,12 +20,17 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """``reference.linear``, its rows padded to one of few sizes."""
     num_rows = x.shape[0]
     size = padded_rows(num_rows)
     if size == num_rows:
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, matrix, bias)
     padded = torch.zeros((size, x.shape[1]), dtype=x.dtype, device=x.device)
     padded[:num_rows] = x
-    return reference.linear(padded, weight, bias)[:num_rows]
+    return reference.linear(padded, matrix, bias)[:num_rows]
+
+
+def logits(x: Tensor, matrix: Matrix) -> Tensor:
+    """``reference.logits``, its rows padded likewise."""
+    return linear(x, matrix, None).float()

@@ -18,25 +18,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minivllm.kernels import reference
+from minivllm.kernels.matrix import Matrix
 
 ROW_TILE = 32  # rows per matmul; 64 is faster for long prompts and twice as slow for one token
 PIECE = 16384  # elements per activation call: under the 32,768 from which torch splits a call among threads
 VECTOR = 64  # elements; a multiple of every vector width (two AVX-512 registers of 16-bit values)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``reference.linear`` in tiles of ``ROW_TILE`` rows."""
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """``reference.linear`` in tiles of ``ROW_TILE`` rows. int8 needs none: sums are exact, and each row has its own scale."""
+    if matrix.scales is not None:
+        return reference.linear(x, matrix, bias)
     num_rows = x.shape[0]
-    out = x.new_empty((num_rows, weight.shape[0]))
+    out = x.new_empty((num_rows, matrix.num_out))
     whole = num_rows - num_rows % ROW_TILE
     x = x.contiguous()
     for start in range(0, whole, ROW_TILE):
-        out[start : start + ROW_TILE] = F.linear(x[start : start + ROW_TILE], weight, bias)
+        out[start : start + ROW_TILE] = F.linear(x[start : start + ROW_TILE], matrix.values, bias)
     if whole < num_rows:
         tile = x.new_zeros((ROW_TILE, x.shape[1]))
         tile[: num_rows - whole] = x[whole:]
-        out[whole:] = F.linear(tile, weight, bias)[: num_rows - whole]
+        out[whole:] = F.linear(tile, matrix.values, bias)[: num_rows - whole]
     return out
+
+
+def logits(x: Tensor, matrix: Matrix) -> Tensor:
+    """``reference.logits`` in tiles of rows."""
+    return linear(x, matrix, None).float()
 
 
 def activation(x: Tensor, name: str) -> Tensor:

@@ -7,10 +7,18 @@ in the table: it reads the paged cache in a way of its own, so a backend (``atte
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from minivllm.kernels import few_shapes, invariant, reference
+from minivllm.kernels.matrix import Matrix
+
+if TYPE_CHECKING:
+    from minivllm.kernels.cpu.library import NativeLibrary
+
+FEW_SHAPES = "torch, few shapes"
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,11 @@ class Ops:
     """One way of computing every op. Shapes and meanings: ``reference.py``."""
 
     name: str
+    pack: Callable[[Tensor, Tensor | None], Matrix]
+    linear: Callable[[Tensor, Matrix, Tensor | None], Tensor]
+    logits: Callable[[Tensor, Matrix], Tensor]
+    lookup: Callable[[Tensor, Matrix, torch.dtype], Tensor]
     embedding: Callable[[Tensor, Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
@@ -29,14 +40,18 @@ class Ops:
     gated_activation: Callable[[Tensor, str], Tensor]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+    native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
 
 
 def reference_ops() -> Ops:
     """Plain torch, on any device."""
     return Ops(
-        name="reference",
-        embedding=reference.embedding,
+        name="torch",
+        pack=reference.pack,
         linear=reference.linear,
+        logits=reference.logits,
+        lookup=reference.lookup,
+        embedding=reference.embedding,
         rms_norm=reference.rms_norm,
         add_rms_norm=reference.add_rms_norm,
         layer_norm=reference.layer_norm,
@@ -51,7 +66,7 @@ def reference_ops() -> Ops:
 
 def few_shapes_ops() -> Ops:
     """Plain torch for 16-bit weights on a CPU, where every new shape of a product costs memory that stays."""
-    return replace(reference_ops(), name="few-shapes", linear=few_shapes.linear)
+    return replace(reference_ops(), name=FEW_SHAPES, linear=few_shapes.linear, logits=few_shapes.logits)
 
 
 def invariant_ops() -> Ops:
@@ -62,8 +77,33 @@ def invariant_ops() -> Ops:
     """
     return replace(
         reference_ops(),
-        name="batch-invariant",
+        name="torch, batch-invariant",
         linear=invariant.linear,
+        logits=invariant.logits,
         activation=invariant.activation,
         gated_activation=invariant.gated_activation,
+    )
+
+
+def native_ops(library: "NativeLibrary") -> Ops:
+    """The compiled kernels for CPUs. They are batch-invariant as they are."""
+    from minivllm.kernels.cpu.elementwise import Elementwise
+    from minivllm.kernels.cpu.products import Products
+
+    products, elementwise = Products(library), Elementwise(library)
+    return replace(
+        reference_ops(),
+        name="native",
+        pack=products.pack,
+        linear=products.linear,
+        logits=products.logits,
+        lookup=products.lookup,
+        rms_norm=elementwise.rms_norm,
+        add_rms_norm=elementwise.add_rms_norm,
+        layer_norm=elementwise.layer_norm,
+        add_layer_norm=elementwise.add_layer_norm,
+        rope=elementwise.rope,
+        activation=elementwise.activation,
+        gated_activation=elementwise.gated_activation,
+        native=library,
     )

@@ -13,15 +13,56 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minivllm.kernels.matrix import Matrix
+
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Look up ``ids`` [num_tokens] in ``table`` [vocab, dim]: [num_tokens, dim]."""
+    """Look up ``ids`` [num_tokens] in ``table`` [num_rows, dim]: [num_tokens, dim]."""
     return table.index_select(0, ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` [num_tokens, num_in] times ``weight`` [num_out, num_in] transposed, plus ``bias`` [num_out]."""
-    return F.linear(x, weight, bias)
+def pack(values: Tensor, scales: Tensor | None) -> Matrix:
+    """Take the weights ``values`` [num_out, num_in]; int8 ones times ``scales`` [num_out] float32. Here: just as they are."""
+    return Matrix(values, values.shape[0], values.shape[1], scales)
+
+
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """``x`` [num_tokens, num_in] times ``matrix`` [num_out, num_in] transposed, plus ``bias`` [num_out]."""
+    if matrix.scales is None:
+        return F.linear(x, matrix.values, bias)
+    return int8_linear(x, matrix.values, matrix.scales, bias)
+
+
+def logits(x: Tensor, matrix: Matrix) -> Tensor:
+    """``linear`` for the head of the model: [num_rows, num_out] float32."""
+    return linear(x, matrix, None).float()
+
+
+def lookup(ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids`` [num_tokens] of ``matrix``: [num_tokens, num_in] in ``dtype``."""
+    rows = matrix.values.index_select(0, ids)
+    if matrix.scales is None:
+        return rows
+    return (rows.float() * matrix.scales.index_select(0, ids)[:, None]).to(dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of ``x`` [num_rows, dim] as int8 [num_rows, dim] times a scale [num_rows] float32: its largest becomes 127."""
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (wide * inverse[:, None]).round().to(torch.int8), largest / 127.0
+
+
+def int8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear in 8-bit integers (w8a8): weights rounded per output, activations per token as they come, sums exact in int32.
+
+    Scales as in https://arxiv.org/abs/2206.01861. A row that holds no number (NaN, infinity) gives none.
+    """
+    rounded, row_scales = quantize_rows(x)
+    sums = torch._int_mm(rounded, values.t()) if x.device.type == "cpu" else rounded.double() @ values.double().t()
+    wide = sums.float() * row_scales[:, None] * scales
+    return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,8 +140,8 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
     The caches are [num_blocks, block_size, num_kv_heads, head_dim]; slot = block * block_size + offset.
     """
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v.to(v_cache.dtype))
 
 
 def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:

@@ -44,13 +44,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, plan: Any, cache: KVLayer) -> Tensor:
         """``x`` [num_tokens, hidden] -> the same shape. ``angles``: cos and sin of the tokens; ``plan``: the backend's."""
         layer = self.layer
-        sizes = [n * layer.head_dim for n in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)]
-        # [num_tokens, num_heads or num_kv_heads, head_dim] each
-        q, k, v = (part.unflatten(-1, (-1, layer.head_dim)) for part in self.qkv(x).split(sizes, dim=-1))
+        heads = self.qkv(x).view(x.shape[0], -1, layer.head_dim)
+        # [num_tokens, num_heads or num_kv_heads, head_dim] each, views of one tensor: only their last two dimensions are dense
+        q, k, v = heads.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = (self.setup.ops.rope(part, *angles) for part in (q, k))
-        attended = self.setup.attention.run(plan, layer, q.contiguous(), k, v, cache)
+            q, k = self.setup.ops.rope(q, *angles), self.setup.ops.rope(k, *angles)
+        attended = self.setup.attention.run(plan, layer, q, k, v, cache)
         out: Tensor = self.out(attended.flatten(1))
         return out

@@ -8,22 +8,23 @@ uses one table both ways.
 import torch
 from torch import Tensor, nn
 
+from minivllm.kernels.matrix import Matrix
 from minivllm.layers.setup import Setup
 from minivllm.layers.source import TensorSource
+from minivllm.quant.base import LinearShape
 
 
 class VocabTable(nn.Module):
     """[vocab_size, dim], this rank's rows of it. Written at loading only."""
 
-    weight: Tensor
+    matrix: Matrix  # set by ``finish``
 
     def __init__(self, setup: Setup, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.setup, self.vocab_size, self.dim = setup, vocab_size, dim
         self.rows = -(-vocab_size // setup.comm.world)  # the last rank's may reach past the vocabulary: those stay zero
         self.first = setup.comm.rank * self.rows
-        weight = torch.zeros((self.rows, dim), dtype=setup.dtype, device=setup.device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        setup.method.create(self, LinearShape(self.rows, dim, setup.dtype, setup.device))
 
     def tensors(self) -> tuple[tuple[str, str], ...]:
         """See ``Loadable``."""
@@ -37,25 +38,25 @@ class VocabTable(nn.Module):
         """See ``Loadable``."""
         stop = min(self.first + self.rows, self.vocab_size)
         if stop > self.first:
-            self.weight[: stop - self.first].copy_(source.read(slice(self.first, stop)))
+            self.setup.method.load(self, source.read(slice(self.first, stop)), 0)
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """See ``Loadable``."""
+        self.matrix = self.setup.method.finish(self, self.setup.ops)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` [num_tokens] int64 -> [num_tokens, dim]."""
-        ops, comm = self.setup.ops, self.setup.comm
+        ops, comm, dtype = self.setup.ops, self.setup.comm, self.setup.dtype
         if comm.world == 1:
-            return ops.embedding(ids, self.weight)
+            return ops.lookup(ids, self.matrix, dtype)
         local = ids - self.first
         mine = (local >= 0) & (local < self.rows)
-        found = ops.embedding(torch.where(mine, local, 0), self.weight)
+        found = ops.lookup(torch.where(mine, local, 0), self.matrix, dtype)
         return comm.all_reduce(found.masked_fill(~mine[:, None], 0))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [num_rows, dim] -> [num_rows, vocab_size] float32."""
-        found = self.setup.comm.all_gather(self.setup.ops.linear(hidden, self.weight, None))
-        return found[:, : self.vocab_size].float()
+        return self.setup.comm.all_gather(self.setup.ops.logits(hidden, self.matrix))[:, : self.vocab_size]
 
 
 class LearnedPositions(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minivllm.kernels.matrix import Matrix
 from minivllm.layers.setup import Setup
 from minivllm.layers.source import ALL, TensorSource
 from minivllm.parallel.comm import Comm
@@ -31,6 +32,7 @@ class Linear(nn.Module):
     """x W^T + b. Written at loading only."""
 
     bias: Tensor | None
+    matrix: Matrix  # set by ``finish``
 
     def __init__(
         self, setup: Setup, num_in: int, parts: tuple[Part, ...], *, bias: bool, cols: tuple[int, int] | None = None
@@ -70,14 +72,14 @@ class Linear(nn.Module):
 
     def finish(self) -> None:
         """See ``Loadable``."""
-        self.setup.method.finish(self)
+        self.matrix = self.setup.method.finish(self, self.setup.ops)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [num_tokens, this rank's num_in] -> [num_tokens, this rank's num_out]."""
         if self.cols is None:
-            return self.setup.method.apply(self, x, self.bias, self.setup.ops)
+            return self.setup.ops.linear(x, self.matrix, self.bias)
         bias = self.bias if self.setup.comm.rank == 0 else None  # added once, not once a rank
-        return self.setup.comm.all_reduce(self.setup.method.apply(self, x, bias, self.setup.ops))
+        return self.setup.comm.all_reduce(self.setup.ops.linear(x, self.matrix, bias))
 
     def _part(self, name: str) -> Part:
         """The part of this name."""

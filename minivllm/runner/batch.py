@@ -5,7 +5,6 @@ The token ids themselves are read on the device, from the rows' token table: a t
 to the host yet.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from minivllm.attention.base import AttentionBackend, AttnMeta
 from minivllm.models.decoder import ForwardBatch
-from minivllm.runner.rows import Rows
-from minivllm.types import WANT_SAMPLE, RowWork
-
-Int64 = npt.NDArray[np.int64]
+from minivllm.runner.rows import Int64, Rows, RowStep
 
 
 @dataclass(frozen=True)
@@ -40,26 +36,26 @@ def to_device(host: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     return page.clone() if device.type == "cpu" else page.to(device)
 
 
-def build_batch(work: Sequence[RowWork], rows: Rows, backend: AttentionBackend) -> tuple[ForwardBatch, Sampled]:
-    """Build the step's batch from the rows' counts as they are before it; changes nothing."""
+def build_batch(step: RowStep, rows: Rows, backend: AttentionBackend) -> tuple[ForwardBatch, Sampled]:
+    """Build the step's batch; changes nothing."""
     device, num_groups = rows.tokens.device, len(rows.block_tables)
-    of_row = np.array([w.row for w in work], dtype=np.int64)  # [num_rows]
-    lengths = np.array([w.num_tokens for w in work], dtype=np.int64)
-    starts = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths)))  # [num_rows + 1]
-    ends = rows.computed[of_row] + lengths  # context after the step
-    row_of = np.repeat(of_row, lengths)  # [num_tokens]
-    positions = np.arange(starts[-1]) + np.repeat(rows.computed[of_row] - starts[:-1], lengths)
+    starts = np.zeros(len(step.rows) + 1, dtype=np.int64)
+    np.cumsum(step.lengths, out=starts[1:])
+    sampling_rows, sampling_ends = step.rows[step.sampling], step.ends[step.sampling]
+    if starts[-1] == len(step.rows):  # one token each, as most steps are: nothing to spread
+        row_of, positions = step.rows, step.ends - 1  # [num_tokens]
+    else:
+        row_of = np.repeat(step.rows, step.lengths)
+        positions = np.arange(starts[-1]) + np.repeat(step.ends - starts[1:], step.lengths)
     blocks, offsets = np.divmod(positions, rows.block_size)
     slots = [table[row_of, blocks].astype(np.int64) * rows.block_size + offsets for table in rows.block_tables]
-    sampling = np.array([i for i, w in enumerate(work) if w.wants & WANT_SAMPLE], dtype=np.int64)
-    packed = (row_of, positions, *slots, starts[1:][sampling] - 1, of_row[sampling], ends[sampling])
-    sizes = [len(part) for part in packed]
-    on_device = torch.split(to_device(np.concatenate(packed), device), sizes)
+    packed = (row_of, positions, *slots, starts[1:][step.sampling] - 1, sampling_rows, sampling_ends)
+    on_device = torch.split(to_device(np.concatenate(packed), device), [len(part) for part in packed])
     plans = tuple(
-        backend.plan(AttnMeta(starts, ends, rows.block_tables[g][of_row], rows.block_size, on_device[2 + g]))
+        backend.plan(AttnMeta(starts, step.ends, step.rows, rows.block_tables[g], rows.block_size, on_device[2 + g]))
         for g in range(num_groups)
     )
     token_ids = rows.tokens[on_device[0], on_device[1]].long()
     batch = ForwardBatch(token_ids, on_device[1], plans, on_device[2 + num_groups])
-    sampled = Sampled(tuple(sampling.tolist()), of_row[sampling], ends[sampling], *on_device[3 + num_groups :])
+    sampled = Sampled(tuple(step.sampling.tolist()), sampling_rows, sampling_ends, *on_device[3 + num_groups :])
     return batch, sampled

@@ -14,8 +14,10 @@ from minivllm.attention.base import AttnNeed
 from minivllm.attention.select import select_backend
 from minivllm.config import Config
 from minivllm.errors import InvalidOption
+from minivllm.kernels.cpu.build import NoNativeKernels, find_or_build
+from minivllm.kernels.cpu.library import NativeLibrary
 from minivllm.kernels.invariant import check_linear
-from minivllm.kernels.ops import Ops, few_shapes_ops, invariant_ops, reference_ops
+from minivllm.kernels.ops import FEW_SHAPES, Ops, few_shapes_ops, invariant_ops, native_ops, reference_ops
 from minivllm.layers.linear import head_share
 from minivllm.layers.setup import Setup
 from minivllm.models.decoder import Decoder
@@ -29,7 +31,7 @@ from minivllm.runner.kv_cache import KVShape, allocate
 from minivllm.runner.loader import DTYPES, checkpoint_dtype, load_checkpoint, load_dummy
 from minivllm.runner.rows import Rows
 from minivllm.runner.runner import RowSampler, Runner
-from minivllm.runner.sizing import Sizes, settle
+from minivllm.runner.sizing import FEW_SHAPES_BYTES, FixedMemory, Sizes, settle
 from minivllm.sampling.sampler import Sampler
 from minivllm.types import EngineInfo
 
@@ -49,27 +51,29 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=not dummy)
     blueprint = read_model(HFConfig.read(folder))
     spec, comm = blueprint.spec, SoloComm()
-    dtype, notes = _dtype(config, spec, folder, device)
-    ops = _ops(config, dtype, device)
-    backend, passed_over = select_backend(_attention_need(config, spec, dtype, device, comm), ops)
+    dtype = _dtype(config, spec, folder)
+    ops, reasons = choose_ops(config, dtype, device)
+    need = _attention_need(config, spec, dtype, device, comm)
+    backend, passed_over = select_backend(need, ops)
     setup = Setup(ops, comm, linear_method(config.model.quantization), backend, dtype, device)
-    kv_heads = head_share(spec.num_heads, spec.num_kv_heads, comm).num_kv_heads
-    kv = KVShape(config.cache.block_size, kv_heads, spec.head_dim, dtype)
-    sizes = settle(config, spec, kv, _weights_bytes(spec, setup), device)
+    kv = KVShape(need.block_size, need.num_kv_heads, need.head_dim, need.kv_dtype)
+    fixed = FixedMemory(_weights_bytes(spec, setup), dtype, FEW_SHAPES_BYTES if ops.name == FEW_SHAPES else 0)
+    sizes = settle(config, spec, kv, fixed, device)
     decoder = _load(config, blueprint, setup, folder, sizes)
-    if config.runner.batch_invariant:
+    if config.runner.batch_invariant and ops.native is None and config.model.quantization == "none":
         _check_invariant(decoder)
-    caches = allocate(kv, spec.num_layers, sizes.num_blocks, device)
+    caches = allocate(backend, kv.dtype, spec.num_layers, sizes.num_blocks, device)
     rows = Rows(config.scheduler.max_num_seqs, sizes.max_model_len, config.cache.block_size, 1, device)
     sampler = (make_sampler or Sampler)(config.scheduler.max_num_seqs, spec.vocab_size, spec.eos_ids)
     runner = Runner(decoder, caches, backend, ops, rows, sampler)
     chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
-    return runner, _engine_info(config, spec, runner, sizes, (*spec.notes, *notes, *sizes.notes, chosen, *passed_over))
+    said = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
+    return runner, _engine_info(config, setup, runner, sizes, said)
 
 
-def _engine_info(config: Config, spec: ModelSpec, runner: Runner, sizes: Sizes, notes: tuple[str, ...]) -> EngineInfo:
+def _engine_info(config: Config, setup: Setup, runner: Runner, sizes: Sizes, notes: tuple[str, ...]) -> EngineInfo:
     """What was settled, for the engine and its users."""
-    weight = runner.decoder.embedding.weight
+    spec = runner.decoder.spec
     return EngineInfo(
         max_model_len=sizes.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -78,8 +82,8 @@ def _engine_info(config: Config, spec: ModelSpec, runner: Runner, sizes: Sizes, 
         num_blocks=sizes.num_blocks,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_ids,
-        device=str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(runner.rows.tokens.device),
+        dtype=str(setup.dtype).removeprefix("torch."),
         weights_bytes=sum(p.nbytes for p in runner.decoder.parameters()),
         kv_bytes=sizes.kv_bytes,
         workspace_bytes=sizes.workspace_bytes,
@@ -95,11 +99,26 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if there and config.runner.device != "cpu" else "cpu")
 
 
-def _ops(config: Config, dtype: torch.dtype, device: torch.device) -> Ops:
-    """The way of computing that fits the options and the device."""
+def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Ops, tuple[str, ...]]:
+    """The way of computing that fits the options and the machine, and why it is not the fast one. Raises ``InvalidOption``."""
+    reasons: tuple[str, ...] = ()
+    if device.type == "cpu" and config.runner.cpu_kernels != "torch":
+        try:
+            return native_ops(NativeLibrary(find_or_build())), ()
+        except NoNativeKernels as reason:
+            if config.runner.cpu_kernels == "native":
+                raise InvalidOption(f"--cpu-kernels native cannot be had here: {reason}; use --cpu-kernels auto.") from None
+            reasons = (f"The native CPU kernels are not used: {reason}. Torch's serve, several times more slowly.",)
     if config.runner.batch_invariant:
-        return invariant_ops()
-    return few_shapes_ops() if device.type == "cpu" and dtype.itemsize == 2 else reference_ops()
+        return invariant_ops(), reasons
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return reference_ops(), reasons
+    if f"amx_{'bf16' if dtype == torch.bfloat16 else 'fp16'}" not in _cpu_flags():
+        reasons += (
+            "Torch has no matrix instructions for 16-bit numbers on this CPU, so prompts may run slower than with --dtype "
+            "float32, which takes twice the memory.",
+        )
+    return few_shapes_ops(), reasons
 
 
 def _num_cores() -> int:
@@ -107,23 +126,14 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _dtype(config: Config, spec: ModelSpec, folder: Path, device: torch.device) -> tuple[torch.dtype, tuple[str, ...]]:
-    """The precision to compute in, and a note where it is slow here."""
+def _dtype(config: Config, spec: ModelSpec, folder: Path) -> torch.dtype:
+    """The precision to compute in."""
     name: str | None = config.model.dtype
     if name == "auto":
         name = spec.dtype
         if name is None and config.model.load_format != "dummy":
             name = checkpoint_dtype(folder)
-        if name not in DTYPES:
-            name = "float32"
-    dtype = DTYPES[name or "float32"]
-    if device.type == "cpu" and dtype.itemsize == 2 and f"amx_{'bf16' if name == 'bfloat16' else 'fp16'}" not in _cpu_flags():
-        note = (
-            f"This CPU has no matrix instructions for {name}, so prompts may run slower than with --dtype float32, which takes "
-            "twice the memory."
-        )
-        return dtype, (note,)
-    return dtype, ()
+    return DTYPES.get(name or "float32", torch.float32)
 
 
 def _cpu_flags() -> frozenset[str]:
@@ -145,6 +155,7 @@ def _attention_need(config: Config, spec: ModelSpec, dtype: torch.dtype, device:
         windows=tuple(dict.fromkeys(spec.windows)),
         block_size=config.cache.block_size,
         dtype=dtype,
+        kv_dtype=dtype if config.cache.kv_cache_dtype == "auto" else DTYPES[config.cache.kv_cache_dtype],
         device=device,
         batch_invariant=config.runner.batch_invariant,
     )

@@ -4,6 +4,9 @@ A *row* is a sequence's place from admission to finish or preemption; the schedu
 this is the one copy of that state on the runner's side.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,9 +14,21 @@ from torch import Tensor
 
 from minivllm.types import WANT_SAMPLE, NewRow, RowWork
 
+Int64 = npt.NDArray[np.int64]
+
 
 class PlanError(Exception):
     """A plan asks for something impossible or not built; it is refused whole, and never half obeyed."""
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """A step's work as arrays."""
+
+    rows: Int64  # [num_rows]
+    lengths: Int64  # [num_rows]: tokens of this step
+    ends: Int64  # [num_rows]: context after the step
+    sampling: Int64  # [num_sampled]: places in the work whose row gets a token
 
 
 class Rows:
@@ -23,13 +38,13 @@ class Rows:
         self.block_size = block_size
         # One column more than the context: at depth 1 a sequence that ends there may be given a surplus token.
         self.tokens: Tensor = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int32, device=device)
-        self.uid: npt.NDArray[np.int64] = np.full(max_num_seqs, -1, dtype=np.int64)  # -1: nobody has the row
-        self.num_prompt: npt.NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
-        self.known: npt.NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)  # tokens, sampled ones in flight included
-        self.computed: npt.NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)  # tokens whose K and V are launched
+        self.uid: Int64 = np.full(max_num_seqs, -1, dtype=np.int64)  # -1: nobody has the row
+        self.num_prompt: Int64 = np.zeros(max_num_seqs, dtype=np.int64)
+        self.known: Int64 = np.zeros(max_num_seqs, dtype=np.int64)  # tokens, sampled ones in flight included
+        self.computed: Int64 = np.zeros(max_num_seqs, dtype=np.int64)  # tokens whose K and V are launched
         max_blocks = -(-(max_model_len + 1) // block_size)
         self.block_tables = tuple(np.zeros((max_num_seqs, max_blocks), dtype=np.int32) for _ in range(num_groups))
-        self.num_blocks: npt.NDArray[np.int64] = np.zeros((num_groups, max_num_seqs), dtype=np.int64)
+        self.num_blocks: Int64 = np.zeros((num_groups, max_num_seqs), dtype=np.int64)
 
     def free(self, row: int) -> None:
         """Nobody has the row any more."""
@@ -52,19 +67,34 @@ class Rows:
         self.tokens[new.row, :num_tokens] = torch.tensor(new.token_ids, dtype=torch.int32)
         self._add_blocks(new.row, new.block_ids)
 
-    def begin(self, work: RowWork) -> None:
-        """Take the blocks that a step's work brings, and check that the work can be done."""
-        row = work.row
-        if self.uid[row] != work.uid:
-            raise PlanError(f"row {row} belongs to {self.uid[row]}, not to {work.uid}")
-        self._add_blocks(row, work.new_block_ids)
-        end = int(self.computed[row]) + work.num_tokens
-        if work.num_tokens < 1 or end > self.known[row]:
-            raise PlanError(f"row {row} is asked for tokens up to {end}, of which {self.known[row]} are known")
-        if work.wants & WANT_SAMPLE and end != self.known[row]:
-            raise PlanError(f"row {row} is to sample after token {end}, but {self.known[row]} are known")
-        if end > self.num_blocks[:, row].min() * self.block_size:
-            raise PlanError(f"row {row} has {self.num_blocks[:, row].min()} blocks, too few for {end} tokens")
+    def begin(self, work: Sequence[RowWork]) -> RowStep:
+        """Take the blocks that a step's work brings, and check that all of it can be done. Raises ``PlanError``.
+
+        Checked as whole arrays: row by row this would cost more than the scheduler does.
+        """
+        for w in work:
+            if w.new_block_ids:
+                self._add_blocks(w.row, w.new_block_ids)
+        of_row = np.array([w.row for w in work], dtype=np.int64)
+        lengths = np.array([w.num_tokens for w in work], dtype=np.int64)
+        uids = np.array([w.uid for w in work], dtype=np.int64)
+        samples = np.array([w.wants & WANT_SAMPLE for w in work], dtype=np.bool_)
+        ends, known = self.computed[of_row] + lengths, self.known[of_row]
+        space = self.num_blocks[:, of_row].min(0) * self.block_size
+        if (bad := _first(self.uid[of_row] != uids)) is not None:
+            raise PlanError(f"row {of_row[bad]} belongs to {self.uid[of_row[bad]]}, not to {uids[bad]}")
+        if (bad := _first((lengths < 1) | (ends > known))) is not None:
+            raise PlanError(f"row {of_row[bad]} is asked for tokens up to {ends[bad]}, of which {known[bad]} are known")
+        if (bad := _first(samples & (ends != known))) is not None:
+            raise PlanError(f"row {of_row[bad]} is to sample after token {ends[bad]}, but {known[bad]} are known")
+        if (bad := _first(ends > space)) is not None:
+            raise PlanError(f"row {of_row[bad]} has {space[bad] // self.block_size} blocks, too few for {ends[bad]} tokens")
+        return RowStep(of_row, lengths, ends, np.flatnonzero(samples))
+
+    def advance(self, step: RowStep) -> None:
+        """The step is launched: its tokens count as computed, and each row that samples gets one more."""
+        self.computed[step.rows] = step.ends
+        self.known[step.rows[step.sampling]] = step.ends[step.sampling] + 1
 
     def put_tokens(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """Write sampled tokens where the next step reads them; all [num_sampled] on the device."""
@@ -78,3 +108,8 @@ class Rows:
                 raise PlanError(f"row {row} is given {have + len(ids)} blocks, more than the context needs")
             self.block_tables[group][row, have : have + len(ids)] = ids
             self.num_blocks[group, row] = have + len(ids)
+
+
+def _first(bad: npt.NDArray[np.bool_]) -> int | None:
+    """The first place that is true."""
+    return int(bad.argmax()) if bad.any() else None

@@ -64,7 +64,8 @@ class Pending:
         logits = self.runner.decoder.head(self.hidden)  # [num_sampled, vocab]
         low, high = torch.aminmax(logits, dim=-1)
         self.bad = ~(low.isfinite() & high.isfinite())
-        logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
+        if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
+            logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
         chosen = self.sampled
         self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.rows.tokens)
         self.runner.rows.put_tokens(chosen.device_rows, chosen.device_positions, self.token_ids)
@@ -105,14 +106,11 @@ class Runner:
             self.rows.take(new)
             self.sampler.set_row(new)
         self._copy_blocks(plan.copies)
-        for work in plan.work:
-            self.rows.begin(work)
         if not plan.work:
             return Pending(self, plan, None, None)
-        batch, sampled = build_batch(plan.work, self.rows, self.backend)
-        for work in plan.work:
-            self.rows.computed[work.row] += work.num_tokens
-        self.rows.known[sampled.rows] = sampled.positions + 1
+        step = self.rows.begin(plan.work)
+        batch, sampled = build_batch(step, self.rows, self.backend)
+        self.rows.advance(step)
         hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
         if not sampled.work:
             return Pending(self, plan, None, None)

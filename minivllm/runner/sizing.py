@@ -19,8 +19,17 @@ from minivllm.runner.kv_cache import KVShape
 CPU_SHARE = 0.4  # of the memory that is free: a server shares its machine
 GPU_SHARE = 0.9  # of the device's memory
 CPU_CACHE_LIMIT_BYTES = 4 * 2**30  # unless an option asks for more
-CPU_KERNELS_BYTES = 48 * 2**20  # compiled for the shapes of 16-bit products (kernels/few_shapes.py); measured
+FEW_SHAPES_BYTES = 48 * 2**20  # what oneDNN compiles for the shapes of 16-bit products (kernels/few_shapes.py); measured
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class FixedMemory:
+    """What does not depend on how the rest is divided."""
+
+    weights_bytes: int
+    dtype: torch.dtype  # of activations
+    kernels_bytes: int  # compiled by libraries while they run
 
 
 @dataclass(frozen=True)
@@ -34,17 +43,15 @@ class Sizes:
     notes: tuple[str, ...]
 
 
-def settle(config: Config, spec: ModelSpec, shape: KVShape, weights_bytes: int, device: torch.device) -> Sizes:
+def settle(config: Config, spec: ModelSpec, shape: KVShape, fixed: FixedMemory, device: torch.device) -> Sizes:
     """Divide the memory; raises ``NotEnoughMemory`` or ``InvalidOption``."""
     asked = config.model.max_model_len
     if asked is not None and asked > spec.max_positions:
         raise InvalidOption(f"--max-model-len is {asked}, but this model's positions end at {spec.max_positions}; lower it.")
     length = asked or spec.max_positions
-    workspace = workspace_bytes(config, spec, shape.dtype, length)
-    if device.type == "cpu" and shape.dtype.itemsize == 2:
-        workspace += CPU_KERNELS_BYTES
+    workspace = workspace_bytes(config, spec, fixed.dtype, length) + fixed.kernels_bytes
     block_bytes = shape.block_bytes(spec.num_layers)
-    num_blocks, available = _num_blocks(config, length, block_bytes, weights_bytes + workspace, device)
+    num_blocks, available = _num_blocks(config, length, block_bytes, fixed.weights_bytes + workspace, device)
     fits = (num_blocks - 1) * shape.block_size  # tokens of one sequence that has the cache to itself
     notes: list[str] = []
     if fits < (asked or 1):

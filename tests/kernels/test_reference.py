@@ -19,20 +19,50 @@ def wide(x: torch.Tensor) -> np.ndarray[Any, Any]:
     return x.double().numpy()
 
 
-TABLES = [reference_ops(), invariant_ops(), few_shapes_ops()]
+TABLES = {"reference": reference_ops(), "invariant": invariant_ops(), "few_shapes": few_shapes_ops()}
 
 
-@pytest.fixture(params=TABLES, ids=lambda ops: ops.name)
+@pytest.fixture(params=[*TABLES, "native"])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return request.param
+    return TABLES.get(request.param) or request.getfixturevalue("native_table")
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_linear(ops: Ops, rows: int) -> None:
     x, w, b = draw(rows, 40), draw(24, 40, seed=1), draw(24, seed=2)
-    np.testing.assert_allclose(ops.linear(x, w, b).numpy(), wide(x) @ wide(w).T + wide(b), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(ops.linear(x, w, None).numpy(), wide(x) @ wide(w).T, rtol=1e-4, atol=1e-4)
+    m = ops.pack(w, None)
+    assert (m.num_out, m.num_in) == (24, 40) and m.nbytes >= 24 * 40 * 4  # panels are filled up
+    np.testing.assert_allclose(ops.linear(x, m, b).numpy(), wide(x) @ wide(w).T + wide(b), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ops.linear(x, m, None).numpy(), wide(x) @ wide(w).T, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ops.logits(x, m), ops.linear(x, m, None))
+    assert torch.equal(ops.lookup(torch.tensor([3, 0, 3]), m, torch.float32), w[[3, 0, 3]])
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_linear(ops: Ops, dtype: torch.dtype) -> None:
+    """The definition in float64: both sides rounded to 8 bits by their rows' largest, the product exact."""
+    x, w, b = draw(33, 40).to(dtype), draw(24, 40, seed=1), draw(24, seed=2).to(dtype)
+    values, scales = reference.quantize_rows(w)
+    m = ops.pack(values, scales)
+    rounded, row_scales = [], []
+    for row in wide(x):
+        row_scales.append(abs(row).max() / 127)
+        rounded.append(np.rint(row / row_scales[-1]))
+    expected = np.array(rounded) @ wide(values).T * np.array(row_scales)[:, None] * wide(scales)
+    rtol = 1e-5 if dtype == torch.float32 else 0.01
+    np.testing.assert_allclose(wide(ops.linear(x, m, None)), expected, rtol=rtol, atol=1e-4)
+    np.testing.assert_allclose(wide(ops.linear(x, m, b)), expected + wide(b), rtol=rtol, atol=0.01)
+    assert abs(expected - wide(x) @ wide(w).T).max() < 0.3  # and it is near the product that was meant
+    np.testing.assert_allclose(wide(ops.lookup(torch.tensor([7, 2]), m, torch.float32)), wide(w)[[7, 2]], atol=0.02)
+
+
+def test_int8_rows_without_numbers(ops: Ops) -> None:
+    values, scales = reference.quantize_rows(draw(5, 8))
+    x = draw(4, 8)
+    x[0, 3], x[1, 1], x[2] = torch.nan, torch.inf, 0.0
+    found = ops.linear(x, ops.pack(values, scales), None)
+    assert not found[0].isfinite().any() and not found[1].isfinite().any()
+    assert torch.equal(found[2], torch.zeros(5)) and found[3].isfinite().all()
 
 def test_rms_norm(ops: Ops) -> None:
     x, w, r = draw(7, 48), draw(48, seed=1), draw(7, 48, seed=2)

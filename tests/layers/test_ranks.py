@@ -21,11 +21,11 @@ from minivllm.models.decoder import Decoder, ForwardBatch
 from minivllm.models.spec import Blueprint, ModelSpec
 from minivllm.parallel.comm import SoloComm
 from minivllm.quant.base import linear_method
-from minivllm.runner.kv_cache import KVShape, allocate
+from minivllm.runner.kv_cache import allocate
 from minivllm.runner.loader import load_dummy
 
 CPU = torch.device("cpu")
-NEED = AttnNeed(8, 2, 8, (None,), 16, torch.float32, CPU, False)
+NEED = AttnNeed(8, 2, 8, (None,), 16, torch.float32, torch.float32, CPU, False)
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM", vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8,
     num_kv_heads=2, head_dim=8, max_positions=64, norm="rms", norm_eps=1e-5, rope=RopeSpec(8, 10000.0), activation="silu",
@@ -128,7 +128,7 @@ def test_columns_rows_and_tables() -> None:
         rows.append(half.get_parameter("weight"))
         vocab = VocabTable(setup(Silent(rank, 2)), 101, 32)
         vocab.load("", "weight", Held(table))
-        tables.append(vocab.weight)
+        tables.append(vocab.get_parameter("weight"))
     assert torch.equal(torch.cat([c[:24] for c in columns]), gate) and torch.equal(torch.cat([c[24:] for c in columns]), up)
     assert torch.equal(torch.cat(rows, dim=1), down)
     assert torch.equal(torch.cat(tables)[:101], table) and not torch.cat(tables)[101:].any()
@@ -157,12 +157,12 @@ def run_rank(blueprint: Blueprint, comm: Any) -> torch.Tensor:
     with torch.inference_mode():
         decoder = Decoder(blueprint.spec, setup(comm), 64)
         load_dummy(decoder, blueprint.names, seed=3)
-        heads = head_share(8, 2, comm)
-        caches: tuple[KVLayer, ...] = allocate(KVShape(16, heads.num_kv_heads, 8, torch.float32), 2, 3, CPU)
+        backend = TorchAttention(replace(NEED, num_kv_heads=head_share(8, 2, comm).num_kv_heads), reference_ops())
+        caches: tuple[KVLayer, ...] = allocate(backend, torch.float32, 2, 3, CPU)
         at = torch.tensor([*range(9), *range(4)])
         slots = torch.cat((at[:9] + 16, at[9:] + 32))
-        meta = AttnMeta(np.array([0, 9, 13]), np.array([9, 4]), np.array([[1], [2]], dtype=np.int32), 16, slots)
-        backend = TorchAttention(NEED, reference_ops())
+        table = np.array([[1], [2]], dtype=np.int32)
+        meta = AttnMeta(np.array([0, 9, 13]), np.array([9, 4]), np.array([0, 1]), table, 16, slots)
         batch = ForwardBatch(torch.arange(13) * 7, at, (backend.plan(meta),), torch.arange(13))
         return decoder.head(decoder.body(batch, caches))
 

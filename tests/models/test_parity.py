@@ -46,11 +46,13 @@ def test_the_list_of_cases_is_whole(tiny_models: Any) -> None:
     assert set(CASES) == set(tiny_models.CASES)
 
 
-@pytest.mark.parametrize("invariant", [False, True], ids=["plain", "invariant"])
+@pytest.mark.parametrize(
+    ("kernels", "invariant"), [("native", False), ("torch", False), ("torch", True)], ids=["native", "torch", "torch-invariant"]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, invariant: bool, tiny_model: Any, make_driver: Any) -> None:
+def test_logits_equal_transformers(case: str, kernels: str, invariant: bool, tiny_model: Any, make_driver: Any) -> None:
     folder, model = tiny_model(case)
-    driver = make_driver(shuffle=3, model=str(folder), batch_invariant=invariant)
+    driver = make_driver(shuffle=3, model=str(folder), batch_invariant=invariant, cpu_kernels=kernels)
     whole = driver.generate(prompts(), NUM_NEW)
     chunked = driver.generate(prompts(), NUM_NEW, chunk=16)
     alone = driver.generate(prompts()[:3], NUM_NEW, together=False)
@@ -65,14 +67,18 @@ def test_text_varies(case: str, tiny_model: Any, make_driver: Any) -> None:
     assert len(set(seq.tokens[-64:])) >= 16
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [*((case, "float32") for case in ("gpt2", "llama-gqa", "mistral-window", "qwen3")), ("llama-gqa", "bfloat16"),
      ("gpt2", "float16"), ("qwen3", "bfloat16")],
 )  # fmt: skip
-def test_invariant_logits_are_bitwise_equal(case: str, dtype: str, tiny_model: Any, make_driver: Any) -> None:
+def test_invariant_logits_are_bitwise_equal(
+    case: str, dtype: str, kernels: str, tiny_model: Any, make_driver: Any
+) -> None:
     folder, _ = tiny_model(case)
-    options = {"model": str(folder), "dtype": dtype, "batch_invariant": True}
+    options = {"model": str(folder), "dtype": dtype, "batch_invariant": True, "cpu_kernels": kernels}
+    block_size = 32 if kernels == "native" else 5  # native attention takes multiples of a vector
     texts = prompts(7)
     base = make_driver(**options).generate(texts, NUM_NEW, together=False)
     driver = make_driver(shuffle=9, **options)
@@ -80,7 +86,9 @@ def test_invariant_logits_are_bitwise_equal(case: str, dtype: str, tiny_model: A
         "batched": driver.generate(texts, NUM_NEW),
         "chunks of 16": driver.generate(texts, NUM_NEW, chunk=16),
         "chunks of 7": driver.generate(texts[::-1], NUM_NEW, chunk=7)[::-1],
-        "block size 5": make_driver(shuffle=1, block_size=5, num_gpu_blocks_override=600, **options).generate(texts, NUM_NEW),
+        "another block size": make_driver(
+            shuffle=1, block_size=block_size, num_gpu_blocks_override=600, **options
+        ).generate(texts, NUM_NEW),
     }
     for name, seqs in ways.items():
         for a, b in zip(base, seqs, strict=True):
@@ -88,10 +96,11 @@ def test_invariant_logits_are_bitwise_equal(case: str, dtype: str, tiny_model: A
             assert torch.equal(torch.stack(a.logits), torch.stack(b.logits)), name
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("num_threads", [2, 3])
-def test_threads_do_not_break_invariance(num_threads: int, tiny_model: Any, make_driver: Any) -> None:
+def test_threads_do_not_break_invariance(num_threads: int, kernels: str, tiny_model: Any, make_driver: Any) -> None:
     folder, _ = tiny_model("llama-gqa")
-    driver = make_driver(model=str(folder), batch_invariant=True, num_threads=num_threads)
+    driver = make_driver(model=str(folder), batch_invariant=True, num_threads=num_threads, cpu_kernels=kernels)
     alone = driver.generate(prompts(), 3, together=False)
     batched = driver.generate(prompts(), 3, chunk=16)
     torch.set_num_threads(1)
@@ -99,11 +108,12 @@ def test_threads_do_not_break_invariance(num_threads: int, tiny_model: Any, make
         assert torch.equal(torch.stack(a.logits), torch.stack(b.logits))
 
 
-def test_invariant_logits_do_not_depend_on_the_past(tiny_model: Any, make_driver: Any) -> None:
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_invariant_logits_do_not_depend_on_the_past(kernels: str, tiny_model: Any, make_driver: Any) -> None:
     """Cached prefixes, preemption with recomputation, and steps that mix everything give the same bits."""
     folder, _ = tiny_model("llama-gqa")
     text = prompts()[3]
-    driver = make_driver(shuffle=2, model=str(folder), batch_invariant=True)
+    driver = make_driver(shuffle=2, model=str(folder), batch_invariant=True, cpu_kernels=kernels)
     base = driver.open(text)
     driver.finish([base], NUM_NEW)
     expected = torch.stack(base.logits)

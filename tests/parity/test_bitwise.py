@@ -15,10 +15,11 @@ from tiny_models import SMALL
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("case_folder", CASES, indirect=True)
-def test_logits_are_bitwise_equal_in_batch_invariant_mode(case_folder: Path) -> None:
+def test_logits_are_bitwise_equal_in_batch_invariant_mode(case_folder: Path, kernels: str) -> None:
     prompts = make_prompts(SMALL["vocab_size"])
-    runs = five_ways(case_folder, prompts, batch_invariant=True)
+    runs = five_ways(case_folder, prompts, batch_invariant=True, cpu_kernels=kernels)
     alone = runs["alone"]
     assert np.median([len(set(t)) for t in alone.tokens]) >= 16, "greedy text does not vary enough to prove anything"
     assert len(alone.logits) == NUM_PROMPTS * NUM_NEW
@@ -29,10 +30,20 @@ def test_logits_are_bitwise_equal_in_batch_invariant_mode(case_folder: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bundled_model_is_bitwise_equal_in_every_way(bundled_model: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "cpu_kernels": "torch"},
+        {"dtype": "bfloat16", "quantization": "int8"},
+        {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
+    ],
+    ids=lambda options: " ".join(options.values()),
+)
+def test_the_bundled_model_is_bitwise_equal_in_every_way(bundled_model: Path, options: dict[str, str]) -> None:
     prompts = make_prompts(4000)
-    runs = five_ways(bundled_model, prompts, batch_invariant=True, dtype=dtype)
+    runs = five_ways(bundled_model, prompts, batch_invariant=True, **options)
     for way, run in runs.items():
         assert run.tokens == runs["alone"].tokens, way
         for key, row in runs["alone"].logits.items():

@@ -34,10 +34,10 @@ def near_ties(name: str, ours: list[int], reference: tuple[list[int], list[float
     return ties
 
 
-def check_every_way(folder: Path, prompts: list[list[int]]) -> None:
+def check_every_way(folder: Path, prompts: list[list[int]], kernels: str) -> None:
     """Compare every token of every way with a float64 transformers model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double().eval()
-    runs = five_ways(folder, prompts, batch_invariant=False)
+    runs = five_ways(folder, prompts, batch_invariant=False, cpu_kernels=kernels)
     references: dict[tuple[int, tuple[int, ...]], tuple[list[int], list[float]]] = {}
     ties: list[tuple[str, int]] = []
     for way, run in runs.items():
@@ -51,11 +51,13 @@ def check_every_way(folder: Path, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("case_folder", CASES, indirect=True)
-def test_random_models_equal_transformers_in_every_way(case_folder: Path) -> None:
-    check_every_way(case_folder, make_prompts(SMALL["vocab_size"]))
+def test_random_models_equal_transformers_in_every_way(case_folder: Path, kernels: str) -> None:
+    check_every_way(case_folder, make_prompts(SMALL["vocab_size"]), kernels)
 
 
 @pytest.mark.slow
-def test_the_bundled_model_equals_transformers_in_every_way(bundled_model: Path) -> None:
-    check_every_way(bundled_model, make_prompts(4000))
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_the_bundled_model_equals_transformers_in_every_way(bundled_model: Path, kernels: str) -> None:
+    check_every_way(bundled_model, make_prompts(4000), kernels)

@@ -36,7 +36,7 @@ def free_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def settle(spec: Any, weights: int = 1000, **options: Any) -> sizing.Sizes:
-    return sizing.settle(make_config(**options), spec, SHAPE, weights, CPU)
+    return sizing.settle(make_config(**options), spec, SHAPE, sizing.FixedMemory(weights, torch.float32, 0), CPU)
 
 
 def test_a_block_has_this_many_bytes() -> None:
@@ -89,12 +89,13 @@ def test_free_memory_is_read() -> None:
 
 def test_info_and_notes(tiny_model: Any, make_driver: Any) -> None:
     folder, model = tiny_model("llama-gqa")
-    info = make_driver(model=str(folder)).info
+    assert any("native backend, other ops on the native kernels" in note for note in make_driver(model=str(folder)).info.notes)
+    info = make_driver(model=str(folder), cpu_kernels="torch").info
     assert info.weights_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert (info.max_model_len, info.vocab_size, info.num_blocks, info.block_size) == (256, 199, 200, 16)
     assert (info.device, info.dtype, info.eos_token_ids) == ("cpu", "float32", (2,))
     assert any("torch-sdpa" in note for note in info.notes)
-    invariant = make_driver(model=str(folder), batch_invariant=True).info
+    invariant = make_driver(model=str(folder), batch_invariant=True, cpu_kernels="torch").info
     assert any("passed over" in note for note in invariant.notes)
     assert info.workspace_bytes > 0
 
@@ -113,10 +114,10 @@ def test_precision_of_the_checkpoint(tiny_model: Any, make_driver: Any, monkeypa
     monkeypatch.setattr("minivllm.runner.build._cpu_flags", lambda: frozenset({"avx2"}))
     folder = Path(tiny_model("llama-gqa")[0])
     assert make_driver(model=str(folder), dtype="auto").info.dtype == "float32"
-    slow = make_driver(model=str(folder), dtype="float16").info
-    assert any("no matrix instructions for float16" in note for note in slow.notes)
+    options = {"model": str(folder), "dtype": "float16", "cpu_kernels": "torch"}
+    assert any("no matrix instructions for 16-bit" in note for note in make_driver(**options).info.notes)
     monkeypatch.setattr("minivllm.runner.build._cpu_flags", lambda: frozenset({"amx_fp16", "amx_bf16"}))
-    assert not any("instructions" in n for n in make_driver(model=str(folder), dtype="float16").info.notes)
+    assert not any("instructions" in n for n in make_driver(**options).info.notes)
 
 
 def test_device_that_is_not_there(tiny_model: Any, make_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_device_that_is_not_there(tiny_model: Any, make_driver: Any, monkeypatch
 def test_invariance_that_cannot_be_kept_is_refused(tiny_model: Any, make_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minivllm.runner.build.check_linear", lambda weight: False)
     with pytest.raises(InvalidOption, match="--batch-invariant cannot be kept here"):
-        make_driver(model=str(tiny_model("llama-gqa")[0]), batch_invariant=True)
+        make_driver(model=str(tiny_model("llama-gqa")[0]), batch_invariant=True, cpu_kernels="torch")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

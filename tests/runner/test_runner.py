@@ -15,7 +15,7 @@ from minivllm.models.decoder import Decoder
 from minivllm.models.spec import ModelSpec
 from minivllm.parallel.comm import SoloComm
 from minivllm.quant.base import linear_method
-from minivllm.runner.kv_cache import KVShape, allocate
+from minivllm.runner.kv_cache import allocate
 from minivllm.runner.rows import PlanError, Rows
 from minivllm.runner.runner import Runner
 from minivllm.types import WANT_POOL, WANT_PROMPT_LOGPROBS, WANT_SAMPLE, CopyBlock, NewRow, RowWork, SamplingParams, StepPlan
@@ -199,11 +199,13 @@ def test_nothing_assumes_the_cpu(invariant: bool) -> None:
     """A step on torch's "meta" device, without storage: reading a value, or arithmetic with a CPU tensor, fails there."""
     device = torch.device("meta")
     for case in (SPEC, replace(SPEC, rope=None, norm="layer", gated_mlp=False, activation="gelu", windows=(None, 20))):
-        need = AttnNeed(4, 2, 16, case.windows, 16, torch.float16, device, invariant)
+        need = AttnNeed(4, 2, 16, case.windows, 16, torch.float16, torch.float16, device, invariant)
         ops = invariant_ops() if invariant else reference_ops()
         backend, _ = select_backend(need, ops)
         decoder = Decoder(case, Setup(ops, SoloComm(), linear_method("none"), backend, torch.float16, device), 256)
-        caches = allocate(KVShape(16, 2, 16, torch.float16), 2, 40, device)
+        for layer in (m for m in decoder.modules() if hasattr(m, "finish")):
+            layer.finish()
+        caches = allocate(backend, torch.float16, 2, 40, device)
         runner = Runner(decoder, caches, backend, ops, Rows(4, 256, 16, 1, device), ArgMax())
         news = (new_row(token_ids=(5,) * 40, block_ids=((3, 4, 9),)), new_row(uid=2, row=1, block_ids=((5,),)))
         work = (RowWork(1, 0, 40, (), (), WANT_SAMPLE), RowWork(2, 1, 3, (), (), WANT_SAMPLE))
@@ -220,6 +222,6 @@ def test_memory_is_touched_at_start(folder: str, make_driver: Any) -> None:
     driver = make_driver(model=folder)
     assert len(driver.runner.caches) == 3
     for cache in driver.runner.caches:
-        assert cache.k.shape == cache.v.shape == (200, 16, 2, 16)
+        assert len(cache.k) == len(cache.v) == 200 and cache.k.numel() == cache.v.numel() == 200 * 16 * 2 * 16
         assert not cache.k.any() and not cache.v.any()
     assert driver.info.kv_bytes == sum(c.k.nbytes + c.v.nbytes for c in driver.runner.caches)

@@ -1,0 +1,99 @@
+"""Attention over the paged cache by the compiled kernel: read in place, nothing gathered, nothing padded.
+
+One call a layer writes the step's K and V and attends. How it computes is told in ``kernels/cpu/native.cpp``; here is what it
+is given. The plan is one block of integers that the kernel reads as it stands: sizes, and for each row where its queries begin,
+its context and its row of the block table. It is made from whole arrays, and its length does not depend on contexts.
+
+A query's result is bitwise the same alone, in a batch, in chunks and with any number of threads, so this backend also serves
+the batch-invariant mode.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer
+from minivllm.kernels.cpu.library import KINDS
+from minivllm.kernels.ops import Ops
+
+ITEM_ROWS = 16  # queries x heads that share a work item of the kernel (its ROWS)
+MAX_HEAD_DIM = 256
+SEES_ALL = 1 << 60  # a window that no position reaches
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A planned step."""
+
+    step: npt.NDArray[np.int64]  # the kernel's Step and the arrays behind it
+    address: int  # of ``step``
+    meta: AttnMeta  # ``step`` points to its block tables and slots
+
+
+class NativeAttention:
+    """The kernel ``attention`` of the native library. Holds nothing that changes."""
+
+    name = "native"
+
+    def __init__(self, need: AttnNeed, ops: Ops) -> None:
+        if ops.native is None:
+            raise ValueError("native attention needs ops with the native library")
+        self.need, self._attention = need, ops.native.attention
+        kinds = (KINDS[need.dtype], KINDS[need.kv_dtype])
+        self._shape = (need.num_heads, need.num_kv_heads, need.head_dim, need.block_size, *kinds)
+
+    @staticmethod
+    def missing(need: AttnNeed, ops: Ops) -> list[str]:
+        """See ``BackendClass``."""
+        if need.device.type != "cpu":
+            return [f"it runs on the CPU, not on {need.device.type}"]
+        if ops.native is None:
+            return ["the native kernels are not in use"]
+        width, reasons = ops.native.vector_width(), []
+        if need.block_size % width:
+            reasons.append(f"block_size={need.block_size} is no multiple of the {width} floats of a vector")
+        if need.head_dim % width or need.head_dim > MAX_HEAD_DIM:
+            reasons.append(f"head_dim={need.head_dim} is no multiple of {width} up to {MAX_HEAD_DIM}")
+        reasons += [f"there is no kernel for {dtype}" for dtype in {need.dtype, need.kv_dtype} if dtype not in KINDS]
+        return reasons
+
+    def pool_shapes(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys stand transposed within a block, so that the scores of neighbouring slots are one vector. See ``native.cpp``."""
+        need = self.need
+        place = (num_blocks, need.num_kv_heads)
+        return (*place, need.head_dim, need.block_size), (*place, need.block_size, need.head_dim)
+
+    def plan(self, meta: AttnMeta) -> NativePlan:
+        """Pack the step's numbers; the order is that of ``Step`` in ``native.cpp``."""
+        group = self.need.num_heads // self.need.num_kv_heads
+        num_queries = np.diff(meta.query_starts)  # [num_rows]
+        num_items = -(-num_queries * group // ITEM_ROWS)  # [num_rows], for one KV head
+        first_items = np.zeros(len(num_items) + 1, dtype=np.int64)
+        np.cumsum(num_items, out=first_items[1:])
+        row_of_item = np.repeat(np.arange(len(num_items)), num_items)
+        num_visits = int(num_queries @ meta.context_lens)
+        sizes = (len(meta.slots), len(num_items), len(row_of_item), num_visits)
+        tables = (meta.block_tables.ctypes.data, meta.block_tables.shape[1], meta.slots.data_ptr())
+        packed = ((*sizes, *tables, *self._shape), meta.query_starts, meta.context_lens, meta.rows, first_items, row_of_item)
+        step = np.concatenate(packed, dtype=np.int64)
+        return NativePlan(step, step.ctypes.data, meta)
+
+    def run(self, plan: NativePlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
+        """See ``AttentionBackend``."""
+        q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
+        out = torch.empty(q.shape, dtype=q.dtype)  # [num_tokens, num_heads, head_dim]
+        tokens = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        pools = (cache.k.data_ptr(), cache.v.data_ptr())
+        window = SEES_ALL if layer.window is None else layer.window
+        strides = (q.stride(0), k.stride(0), v.stride(0))
+        self._attention(plan.address, *tokens, *pools, out.data_ptr(), *strides, window, layer.scale)
+        return out
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """``x`` [num_tokens, heads, head_dim] if each token's values stand side by side, else a copy where they do."""
+    _, of_heads, of_values = x.stride()
+    return x if of_values == 1 and of_heads == x.shape[2] else x.contiguous()

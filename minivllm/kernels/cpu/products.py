@@ -1,0 +1,98 @@
+"""Matrix products over packed weights: linears, the head's logits, and the vocabulary's rows.
+
+A checkpoint stores a matrix output by output. A product wants to read memory once, from its beginning to its end, and to use each
+vector of weights for several rows of x while it is in a register. So a matrix is packed into panels of some outputs side by
+side, with as many inputs of each as one 32-bit lane takes (``STEPS``): [num_panels, num_steps, panel, step], filled up with zeros. Its
+one copy serves one token and a thousand; the vocabulary's rows are gathered out of it too.
+
+An output is one sum over the inputs in order, whatever else is in the call, so a row's bits depend on that row alone. Every sum is
+float32 (int32 for int8) and rounded once, after the bias. It knows nothing of layers.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minivllm.kernels.cpu.library import KINDS, NativeLibrary
+from minivllm.kernels.matrix import Matrix
+
+# Inputs that stand together, by the kind of weights.
+STEPS: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4})
+INT8 = 3  # beside KINDS: only a matrix can be of it
+
+
+class Products:
+    """The products of ``Ops``. Holds nothing that changes."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._panel: int = library.panel_width()
+        self._linear, self._lookup, self._prefer_huge_pages = library.linear, library.lookup, library.prefer_huge_pages
+
+    def pack(self, values: Tensor, scales: Tensor | None) -> Matrix:
+        """See ``reference.pack``. The copy is the caller's only one once it lets go of ``values``."""
+        num_out, num_in = values.shape
+        panel, step = self._panel, STEPS[values.dtype]
+        num_panels, num_steps = -(-num_out // panel), -(-num_in // step)
+        whole = F.pad(values, (0, num_steps * step - num_in)).contiguous()
+        packed = torch.empty((num_panels, num_steps, panel, step), dtype=values.dtype)
+        self._prefer_huge_pages(packed.data_ptr(), packed.nbytes)
+        # A step is one word to a copy that only moves it.
+        word = torch.int16 if packed.dtype == torch.float16 else torch.int32
+        rows, panels = whole.view(word), packed.view(word).view(num_panels, num_steps, panel)
+        full = num_out // panel
+        panels[:full] = rows[: full * panel].view(full, panel, num_steps).transpose(1, 2)
+        if full < num_panels:
+            panels[full:] = F.pad(rows[full * panel :], (0, 0, 0, num_panels * panel - num_out)).t()
+        if scales is None:
+            return Matrix(packed, num_out, num_in)
+        sums = torch.zeros(num_panels * panel, dtype=torch.int32)
+        sums[:num_out] = values.sum(1, dtype=torch.int32)
+        return Matrix(packed, num_out, num_in, scales.contiguous(), sums)
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        """See ``reference.linear``. The rows of ``x`` may lie apart, as in a view of some columns."""
+        return self._multiply(x, matrix, bias, x.dtype)
+
+    def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """See ``reference.logits``; here they are the sums themselves, not rounded to the type of ``x``."""
+        return self._multiply(x, matrix, None, torch.float32)
+
+    def lookup(self, ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+        """See ``reference.lookup``."""
+        ids, values, scales = ids.contiguous(), matrix.values, matrix.scales
+        out = torch.empty((ids.shape[0], matrix.num_in), dtype=dtype)
+        kinds = (KINDS[values.dtype] if scales is None else INT8, KINDS[dtype])
+        pointers = (ids.data_ptr(), values.data_ptr(), None if scales is None else scales.data_ptr(), out.data_ptr())
+        if self._lookup(*pointers, ids.shape[0], matrix.num_out, matrix.num_in, *kinds):
+            raise IndexError(f"a row beyond the matrix's {matrix.num_out} was looked up")
+        return out
+
+    def _multiply(self, x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``x`` [num_rows, num_in] times the matrix: [num_rows, num_out] in ``dtype``."""
+        (num_rows, num_in), (stride, of_values) = x.shape, x.stride()
+        num_out, values, scales, sums, kind = matrix.num_out, matrix.values, matrix.scales, matrix.sums, KINDS[x.dtype]
+        if num_in != matrix.num_in or (scales is None and x.dtype != values.dtype):
+            raise TypeError(f"x {x.dtype} {tuple(x.shape)} does not meet a matrix {values.dtype} ({num_out}, {matrix.num_in})")
+        if of_values != 1:
+            x, stride = x.contiguous(), num_in
+        out = torch.empty((num_rows, num_out), dtype=dtype)
+        if self._linear(
+            x.data_ptr(),
+            values.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            None if sums is None else sums.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            stride,
+            num_out,
+            num_in,
+            kind,
+            kind if scales is None else INT8,
+            KINDS[dtype],
+        ):
+            raise MemoryError("no memory for the activations of a linear")
+        return out
