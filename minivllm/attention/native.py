@@ -19,8 +19,7 @@ from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer
 from minivllm.kernels.cpu.library import KINDS
 from minivllm.kernels.ops import Ops
 
-ITEM_ROWS = 16  # queries x heads that share a work item of the kernel (its ROWS)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # as in native.cpp
 SEES_ALL = 1 << 60  # a window that no position reaches
 
 
@@ -42,7 +41,9 @@ class NativeAttention:
         if ops.native is None:
             raise ValueError("native attention needs ops with the native library")
         self.need, self._attention = need, ops.native.attention
+        self._item_rows = ops.native.item_rows()  # queries x heads that share a work item
         kinds = (KINDS[need.dtype], KINDS[need.kv_dtype])
+        self._side_by_side = (need.head_dim, 1)
         self._shape = (need.num_heads, need.num_kv_heads, need.head_dim, need.block_size, *kinds)
 
     @staticmethod
@@ -68,32 +69,32 @@ class NativeAttention:
 
     def plan(self, meta: AttnMeta) -> NativePlan:
         """Pack the step's numbers; the order is that of ``Step`` in ``native.cpp``."""
-        group = self.need.num_heads // self.need.num_kv_heads
-        num_queries = np.diff(meta.query_starts)  # [num_rows]
-        num_items = -(-num_queries * group // ITEM_ROWS)  # [num_rows], for one KV head
-        first_items = np.zeros(len(num_items) + 1, dtype=np.int64)
-        np.cumsum(num_items, out=first_items[1:])
-        row_of_item = np.repeat(np.arange(len(num_items)), num_items)
+        num_rows, group = len(meta.rows), self.need.num_heads // self.need.num_kv_heads
+        num_queries = meta.query_starts[1:] - meta.query_starts[:-1]  # [num_rows]
+        first_items = np.zeros(num_rows + 1, dtype=np.int64)  # work items of one KV head
+        np.cumsum((num_queries * group + (self._item_rows - 1)) // self._item_rows, out=first_items[1:])
+        row_of_item = np.repeat(np.arange(num_rows), first_items[1:] - first_items[:-1])
         num_visits = int(num_queries @ meta.context_lens)
-        sizes = (len(meta.slots), len(num_items), len(row_of_item), num_visits)
-        tables = (meta.block_tables.ctypes.data, meta.block_tables.shape[1], meta.slots.data_ptr())
-        packed = ((*sizes, *tables, *self._shape), meta.query_starts, meta.context_lens, meta.rows, first_items, row_of_item)
-        step = np.concatenate(packed, dtype=np.int64)
-        return NativePlan(step, step.ctypes.data, meta)
+        tables = (torch.from_numpy(meta.block_tables).data_ptr(), meta.block_tables.shape[1], meta.slots.data_ptr())
+        sizes = (len(meta.slots), num_rows, len(row_of_item), num_visits, *tables, *self._shape)
+        arrays = (meta.query_starts, meta.context_lens, meta.rows, first_items, row_of_item)
+        step = np.concatenate((sizes, *arrays), dtype=np.int64)
+        return NativePlan(step, torch.from_numpy(step).data_ptr(), meta)
 
     def run(self, plan: NativePlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
-        q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
-        out = torch.empty(q.shape, dtype=q.dtype)  # [num_tokens, num_heads, head_dim]
+        (q, of_q), (k, of_k), (v, of_v) = self._dense(q), self._dense(k), self._dense(v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
         tokens = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-        pools = (cache.k.data_ptr(), cache.v.data_ptr())
         window = SEES_ALL if layer.window is None else layer.window
-        strides = (q.stride(0), k.stride(0), v.stride(0))
-        self._attention(plan.address, *tokens, *pools, out.data_ptr(), *strides, window, layer.scale)
+        pools = (cache.k.data_ptr(), cache.v.data_ptr())
+        self._attention(plan.address, *tokens, *pools, out.data_ptr(), of_q, of_k, of_v, window, layer.scale)
         return out
 
-
-def _heads_together(x: Tensor) -> Tensor:
-    """``x`` [num_tokens, heads, head_dim] if each token's values stand side by side, else a copy where they do."""
-    _, of_heads, of_values = x.stride()
-    return x if of_values == 1 and of_heads == x.shape[2] else x.contiguous()
+    def _dense(self, x: Tensor) -> tuple[Tensor, int]:
+        """``x`` [num_tokens, heads, head_dim] or, if a token's values are apart, a copy; and its stride from token to token."""
+        stride = x.stride()
+        if stride[1:] != self._side_by_side:
+            x = x.contiguous()
+            stride = x.stride()
+        return x, stride[0]

@@ -1,6 +1,6 @@
 """How a layer's weights are stored: three verbs, one file a method.
 
-A layer decides which rows and columns are its rank's; the method decides what is kept of them, and at the end hands all of it to
+A layer decides which rows and columns are its rank's; the method decides what is kept of them, and at the end hands it all to
 the table of kernels, which packs it into a ``Matrix``. From then on the layer works with that. The module is only a place for
 the method's parameters. Name -> place of the class stands in ``METHODS``.
 """

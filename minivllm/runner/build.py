@@ -45,14 +45,14 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     keep the logits.
     """
     device = _device(config)
-    if device.type == "cpu":
-        torch.set_num_threads(config.runner.num_threads or _num_cores())
     dummy = config.model.load_format == "dummy"
     folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=not dummy)
     blueprint = read_model(HFConfig.read(folder))
     spec, comm = blueprint.spec, SoloComm()
     dtype = _dtype(config, spec, folder)
     ops, reasons = choose_ops(config, dtype, device)
+    if device.type == "cpu":
+        _set_threads(config.runner.num_threads or _num_cores(), ops)
     need = _attention_need(config, spec, dtype, device, comm)
     backend, passed_over = select_backend(need, ops)
     setup = Setup(ops, comm, linear_method(config.model.quantization), backend, dtype, device)
@@ -119,6 +119,13 @@ def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tupl
             "float32, which takes twice the memory.",
         )
     return few_shapes_ops(), reasons
+
+
+def _set_threads(num_threads: int, ops: Ops) -> None:
+    """Give the threads to whoever computes: the native kernels' pool, and torch then stays on the caller's thread, or torch's."""
+    if ops.native is not None:
+        ops.native.set_threads(num_threads)
+    torch.set_num_threads(1 if ops.native is not None else num_threads)
 
 
 def _num_cores() -> int:

@@ -13,14 +13,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(384, 640), (384, 1792), (896, 384), (64, 96), (24, 40), (48, 16), (768, 2304), (1000, 17), (64, 7)]
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def rows_of(count: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn((count, dim), generator=torch.Generator().manual_seed(dim)).mul_(3).to(dtype)
 
@@ -28,6 +20,14 @@ def rows_of(count: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.fixture(params=["torch", "native"])
 def table(request: pytest.FixtureRequest) -> Ops:
     return request.getfixturevalue("native_table") if request.param == "native" else invariant_ops()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, table: Ops) -> Iterator[int]:
+    set_threads = torch.set_num_threads if table.native is None else table.native.set_threads
+    set_threads(request.param)
+    yield request.param
+    set_threads(1)
 
 
 CUTS = ((0, 1), (1, 2), (3, 40), (31, 33), (40, 100), (99, 100))

@@ -1,6 +1,5 @@
 """How the compiled kernels come to be: once a machine, never half, and not at all where that would be unsafe."""
 
-import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,11 @@ def test_choices(native_table: Any) -> None:
     assert choose_ops(make_config(), torch.float32, torch.device("meta"))[0].name == "torch"
 
 
-def test_threads_are_those_of_torch(native_table: Any) -> None:
-    """One OpenMP library in the process: two would mean two pools that fight for the cores."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("the system does not list what is loaded")
-    loaded = {os.path.realpath(line.split(maxsplit=5)[5].strip()) for line in maps.read_text().splitlines() if "/" in line}
-    assert len([path for path in loaded if "omp" in Path(path).name]) == 1
+def test_one_pool_has_the_threads(tiny_model: Any, make_driver: Any) -> None:
+    """Two pools would fight for the cores: where the native kernels compute, torch stays on the caller's thread."""
+    folder = str(tiny_model("llama-gqa")[0])
+    make_driver(model=folder, num_threads=2)
+    assert torch.get_num_threads() == 1
+    make_driver(model=folder, num_threads=2, cpu_kernels="torch")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent / "native.cpp"
 COMPILERS = ("g++", "clang++", "c++")
 # No option changes what a program means but these two: square roots need not set errno, and comparisons may be done for lanes
 # whose result is not used.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_TIMEOUT_S = 120.0
 
 
@@ -44,15 +44,11 @@ def find_or_build() -> Path:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compile beside the final place and move there at once, so that two starts at a time cannot see half a file.
-
-    Linked without OpenMP's option: its functions stay open, to be taken from the library that torch has loaded.
-    """
+    """Compile beside the final place and move there at once, so that two starts at a time cannot see half a file."""
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as place:
             linked = Path(place) / "native.so"
-            _run(compiler, *flags, "-c", str(SOURCE), "-o", f"{place}/native.o")
-            _run(compiler, "-shared", f"{place}/native.o", "-o", str(linked))
+            _run(compiler, *flags, "-shared", str(SOURCE), "-o", str(linked))
             linked.replace(library)
     except OSError as error:
         raise NoNativeKernels(f"they could not be written ({error})") from None

@@ -10,6 +10,7 @@ distance from token to token, a token's own values side by side. Results are con
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from minivllm.kernels.cpu.library import KINDS, NativeLibrary
@@ -47,7 +48,7 @@ class Elementwise:
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See ``reference.rope``."""
         x, num_tokens, num_heads, dim, stride = _by_token(x)
-        cos, sin, out = cos.contiguous(), sin.contiguous(), x.new_empty(x.shape)
+        cos, sin, out = cos.contiguous(), sin.contiguous(), _empty_like(x)
         angles = (cos.data_ptr(), sin.data_ptr())
         self._rope(x.data_ptr(), *angles, out.data_ptr(), num_tokens, num_heads, dim, cos.shape[1], stride, KINDS[x.dtype])
         return out
@@ -55,7 +56,7 @@ class Elementwise:
     def activation(self, x: Tensor, name: str) -> Tensor:
         """See ``reference.activation``."""
         x, num_tokens, num_heads, dim, stride = _by_token(x)
-        out = x.new_empty(x.shape)
+        out = _empty_like(x)
         shape = (num_tokens, num_heads * dim, stride)
         self._activation(x.data_ptr(), out.data_ptr(), *shape, 0, BENDS[name], KINDS[x.dtype])
         return out
@@ -70,7 +71,7 @@ class Elementwise:
     def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool) -> Tensor:
         """A norm alone."""
         x, num_tokens, num_heads, dim, stride = _by_token(x)
-        out = x.new_empty(x.shape)
+        out = _empty_like(x)
         tensors = (x.data_ptr(), None, weight.data_ptr(), None if bias is None else bias.data_ptr(), None, out.data_ptr())
         self._norm(*tensors, num_tokens, num_heads, dim, stride, eps, centred, KINDS[x.dtype])
         return out
@@ -80,11 +81,16 @@ class Elementwise:
     ) -> tuple[Tensor, Tensor]:
         """A norm of a sum, and the sum."""
         x, residual = x.contiguous(), residual.contiguous()
-        (num_tokens, dim), total, out = x.shape, x.new_empty(x.shape), x.new_empty(x.shape)
+        (num_tokens, dim), total, out = x.shape, _empty_like(x), _empty_like(x)
         weights = (weight.data_ptr(), None if bias is None else bias.data_ptr())
         tensors = (x.data_ptr(), residual.data_ptr(), *weights, total.data_ptr(), out.data_ptr())
         self._norm(*tensors, num_tokens, 1, dim, dim, eps, centred, KINDS[x.dtype])
         return out, total
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of the shape of ``x``; half the price of ``x.new_empty(x.shape)``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _by_token(x: Tensor) -> tuple[Tensor, int, int, int, int]:

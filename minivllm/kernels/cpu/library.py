@@ -1,7 +1,7 @@
-"""The compiled kernels as Python sees them: typed C functions, with torch's threads behind them.
+"""The compiled kernels as Python sees them: typed C functions.
 
-The library leaves OpenMP's functions open, and here they are bound to the OpenMP library that torch has loaded. So there is one
-pool of threads, its size is torch's (``torch.set_num_threads``), and the two never run against each other.
+They have a pool of threads of their own, one for the process (``set_threads``); why not OpenMP's is told in ``native.cpp``. A call
+releases the interpreter's lock while it computes.
 """
 
 import ctypes
@@ -21,8 +21,9 @@ _LETTERS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f":
 # Function -> letters of its arguments: p pointer, l int64, i int32, f float. "=" and a letter: what it returns.
 SIGNATURES: Mapping[str, str] = MappingProxyType(
     {
-        "linear": "pppppplllliii=i",
+        "linear": "p=i",
         "lookup": "pppplllii=i",
+        "set_threads": "i",
         "panel_width": "=i",
         "prefer_huge_pages": "pl",
         "norm": "ppppppllllfii",
@@ -30,6 +31,7 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "rope": "ppppllllli",
         "attention": "pppppppllllf",
         "vector_width": "=i",
+        "item_rows": "=i",
     }
 )
 
@@ -40,8 +42,6 @@ class NativeLibrary:
     def __init__(self, path: Path) -> None:
         """Load the library. Raises ``NoNativeKernels`` when it does not fit this process."""
         try:
-            for openmp in _openmp_libraries():
-                ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NoNativeKernels(f"they could not be loaded ({error})") from None
@@ -56,14 +56,3 @@ class NativeLibrary:
         """Only for type checkers: every function is set when the library is loaded."""
         raise AttributeError(f"native.cpp has no function {name}")
 
-
-def _openmp_libraries() -> list[str]:
-    """The OpenMP library that torch brought into this process; where it cannot be found out, the system's by its usual name."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        lines = []
-    loaded = {line.split(maxsplit=5)[5] for line in lines if "/" in line and "omp" in Path(line.split(maxsplit=5)[-1]).name}
-    found = sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
-    beside_torch = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libomp*.dylib"))
-    return found or beside_torch or ["libgomp.so.1"]

@@ -8,7 +8,7 @@
 // the call. A sum over the inputs is one chain in order for each output, never split by batch size or by thread. So results are
 // bitwise the same alone and in a batch, and the batch-invariant mode needs no kernels of its own.
 //
-// Threads are OpenMP's, taken from the library that torch has loaded: one pool, two users, never at the same time.
+// Threads are a small pool of our own: see below why.
 
 #include <cmath>
 #include <cstdint>
@@ -103,6 +103,111 @@ template <class F> static inline void with_type(int kind, F f) {
     else f(f16{});
 }
 
+// ---- threads --------------------------------------------------------------------------------------------------------------
+
+// One pool for the process. A job is cut into parts, and whoever is free takes the next one, the caller too. At the end the caller
+// waits only for parts that somebody is at. So a worker that the system is not running just now (another process wants the
+// core as well) is not waited for: it costs its help, nothing else. OpenMP's threads all have to arrive at the end of a loop,
+// which on shared cores makes a step ten times longer.
+//
+// Workers look out for the next job for SPIN_NS, longer than the gap between two calls of a step, then sleep.
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+static inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Pool {
+  public:
+    // Let jobs run on `threads` threads, the caller's included. There are never fewer workers than before; the surplus sleeps.
+    void resize(int threads) {
+        std::lock_guard<std::mutex> hold(busy);
+        while ((int)num_workers < threads - 1) std::thread(&Pool::work, this, ++num_workers).detach();
+        num_threads = threads;
+    }
+    int size() const { return num_threads; }
+
+    // Call f(0) .. f(parts - 1), each once, on whatever threads are free.
+    template <class F> void run(int64_t parts, F &f) {
+        if (parts > 1 && num_threads > 1 && busy.try_lock()) {  // a second caller at the same time does its own work alone
+            call = [](void *context, int64_t part) { (*(F *)context)(part); };
+            context = &f, num_parts = parts, next = 0;
+            gate += OPEN;
+            round++;
+            if (asleep.load()) {
+                { std::lock_guard<std::mutex> hold(sleep); }
+                wake.notify_all();
+            }
+            take_parts();
+            gate -= OPEN;
+            for (int64_t turns = 0; gate.load(std::memory_order_acquire) != 0; turns++)
+                if (turns < 4096) relax();
+                else std::this_thread::yield();
+            busy.unlock();
+        } else
+            for (int64_t part = 0; part < parts; part++) f(part);
+    }
+
+  private:
+    static constexpr int64_t OPEN = 1 << 30, SPIN_NS = 100000;
+
+    void take_parts() {
+        for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < num_parts;) call(context, part);
+    }
+    void work(int number) {
+        for (uint64_t seen = 0;;) {
+            wait_after(seen, number < num_threads);
+            seen = round.load();
+            if (number < num_threads && gate.fetch_add(1) >= OPEN) take_parts();  // the job's fields are read inside the gate only
+            else if (number >= num_threads) continue;
+            gate.fetch_sub(1, std::memory_order_release);
+        }
+    }
+    void wait_after(uint64_t seen, bool at_once) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(at_once ? SPIN_NS : 0);
+        while (std::chrono::steady_clock::now() < until)
+            for (int turns = 0; turns < 32; turns++) {
+                if (round.load(std::memory_order_acquire) != seen) return;
+                relax();
+            }
+        std::unique_lock<std::mutex> hold(sleep);
+        asleep++;
+        wake.wait(hold, [&] { return round.load() != seen; });
+        asleep--;
+    }
+
+    std::mutex busy, sleep;             // held by whoever runs a job; by whoever goes to sleep
+    std::condition_variable wake;
+    std::atomic<int64_t> gate{0};       // threads inside, plus OPEN while there may be parts left
+    std::atomic<uint64_t> round{0};     // counts jobs
+    std::atomic<int64_t> next{0};       // part
+    std::atomic<int> asleep{0}, num_threads{1};
+    int num_workers = 0;
+    void (*call)(void *, int64_t) = nullptr;
+    void *context = nullptr;
+    int64_t num_parts = 0;
+};
+constexpr int64_t PART_CYCLES = 15000;  // a part that is not worth less: handing it over takes about 1,000
+static Pool &pool = *new Pool;  // never destroyed: its workers may outlive the end of the program's other parts
+
+// Call f(part, parts) for all parts of `cycles` of work: one part if it is little, else several a thread, so that they end together.
+template <class F> static inline void share(int64_t cycles, F f) {
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(cycles / PART_CYCLES, pool.size() * 8));
+    auto part = [&](int64_t i) { f(i, parts); };
+    pool.run(parts, part);
+}
+
+extern "C" void set_threads(int32_t threads) { pool.resize(threads); }
+
 // ---- linears over packed weights ------------------------------------------------------------------------------------------
 //
 // A matrix [num_out, num_in] lies in panels: [panel][step][output of the panel][input of the step], filled up with zeros. A
@@ -121,8 +226,6 @@ template <class F> static inline void with_type(int kind, F f) {
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
-extern "C" int omp_get_thread_num(void) noexcept;
-extern "C" int omp_get_num_threads(void) noexcept;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int TILE_ROWS = 6, PANEL_VECTORS = 2;
@@ -132,17 +235,16 @@ constexpr int TILE_ROWS = 8, PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * W;
 constexpr int64_t BLOCK_STEPS = 1024;  // such a block of a panel stays in the L2 cache while
 constexpr int64_t GROUP_TILES = 32;    // so many tiles take turns with it
-constexpr int64_t WORTH_SHARING = 30000;  // cycles of work; with less the other threads are left alone
 
-// x [rows, num_in], its rows x_stride values apart, times a matrix [num_out, num_in]: out [rows, num_out].
+// x [rows, num_in], its rows x_stride values apart, times a matrix [num_out, num_in]: out [rows, num_out]. The caller writes these
+// 13 words, in this order.
 struct Product {
     const char *x, *panels;
-    int64_t rows, x_stride, num_out, num_in;
     const float *scales;  // [num_out], int8 only: values * scales are the weights
     const int32_t *sums;  // [panels * PANEL], int8 only: of each output's values
     const char *bias;     // [num_out] of x's kind, or null
     char *out;
-    int x_kind, out_kind;
+    int64_t rows, x_stride, num_out, num_in, x_kind, matrix_kind, out_kind;
 };
 
 template <class T> static inline T peek(const char *p) {
@@ -380,13 +482,6 @@ template <class K> static void multiply_tiles(const Product &p, const Words &x, 
     }
 }
 
-// Call f(thread, number of threads) on each thread, or only here if it is little work.
-template <class F> static inline void share(int64_t cycles, F f) {
-    if (cycles < WORTH_SHARING) return f(0, 1);
-#pragma omp parallel
-    f(omp_get_thread_num(), omp_get_num_threads());
-}
-
 template <class K> static int run_product(const Product &p) {
     const int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS * ((p.num_out + PANEL - 1) / PANEL);
     const int64_t row_bytes = (p.num_in + W - 1) / W * W / K::STEP * K::PARTS * 4;
@@ -432,13 +527,10 @@ extern "C" void prefer_huge_pages(char *memory, int64_t bytes) {
 #endif
 }
 
-// Product of x with a packed matrix, plus bias; rounded once. Returns 0, or 1 if there is no memory for the words.
-extern "C" int linear(const char *x, const char *panels, const float *scales, const int32_t *sums, const char *bias, char *out,
-                      int64_t rows, int64_t x_stride, int64_t num_out, int64_t num_in, int x_kind, int matrix_kind,
-                      int out_kind) {
-    const Product p = {x, panels, rows, x_stride, num_out, num_in, scales, sums, bias, out, x_kind, out_kind};
+// The product, plus bias; rounded once. Returns 0, or 1 if there is no memory for the words.
+extern "C" int linear(const Product *p) {
     int failed = 0;
-    with_way(matrix_kind, [&](auto way) { failed = run_product<decltype(way)>(p); });
+    with_way(p->matrix_kind, [&](auto way) { failed = run_product<decltype(way)>(*p); });
     return failed;
 }
 
@@ -471,8 +563,13 @@ extern "C" int lookup(const int64_t *ids, const char *panels, const float *scale
 
 // ---- norms, activations, rotary positions -----------------------------------------------------------------------------------
 
-// Below this many values a call stays on its thread: waking the others takes as long as some 20,000 values.
-constexpr int64_t WORTH_THREADS = 32768;
+
+// Call f(row) for every row of `values` values; a value is about a cycle of work.
+template <class F> static inline void each_row(int64_t rows, int64_t values, F f) {
+    share(rows * values, [&](int64_t part, int64_t parts) {
+        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) f(row);
+    });
+}
 
 // A row is walked in whole vectors and then, once, in the lanes that are left: f(i, Whole{}) and f(i, lanes). take, put and keep
 // do the same for both, so that a value's bits do not depend on where in the row it stands.
@@ -499,6 +596,11 @@ template <class T> static inline vf rounded(vf x) {  // to what a T can hold
     T narrow[W];
     store(narrow, x);
     return load(narrow);
+}
+template <> inline vf rounded<float>(vf x) { return x; }
+template <> inline vf rounded<bf16>(vf x) {  // as `store` does, without the way there and back
+    vu u = bits_of<vu>(x);
+    return x != x ? x : bits_of<vf>((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);
 }
 
 // e to the x, within 1 ulp; exactly 1 at 0, 0 at -inf, inf at inf, NaN at NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two
@@ -574,12 +676,11 @@ extern "C" void norm(const void *x, const void *residual, const void *weight, co
                      int64_t heads, int64_t dim, int64_t stride, float eps, int32_t centred, int32_t kind) {
     with_type(kind, [&](auto one) {
         typedef decltype(one) T;
-        #pragma omp parallel for if (num_tokens * heads * dim > WORTH_THREADS)
-        for (int64_t row = 0; row < num_tokens * heads; row++) {
+        each_row(num_tokens * heads, dim, [&](int64_t row) {
             const T *from = (const T *)x + row / heads * stride + row % heads * dim;
             const T *more = residual ? (const T *)residual + row * dim : nullptr;
             norm_row(from, more, (const T *)weight, (const T *)bias, (T *)total + row * dim, (T *)out + row * dim, dim, eps, centred);
-        }
+        });
     });
 }
 
@@ -588,15 +689,14 @@ extern "C" void activation(const void *x, void *out, int64_t num_tokens, int64_t
     with_type(kind, [&](auto one) {
         typedef decltype(one) T;
         with_bend(bend, [&](auto f) {
-            #pragma omp parallel for if (num_tokens * dim > WORTH_THREADS / 4)
-            for (int64_t token = 0; token < num_tokens; token++) {
+            each_row(num_tokens, dim * 4, [&](int64_t token) {
                 const T *gate = (const T *)x + token * stride, *up = gate + dim;
                 T *to = (T *)out + token * dim;
                 each_vector(dim, [&](int64_t i, auto n) {
                     vf y = f(take(gate + i, n));
                     put(to + i, gated ? rounded<T>(y) * take(up + i, n) : y, n);
                 });
-            }
+            });
         });
     });
 }
@@ -607,8 +707,7 @@ extern "C" void rope(const void *x, const float *cos, const float *sin, void *ou
                      int64_t half, int64_t stride, int32_t kind) {
     with_type(kind, [&](auto one) {
         typedef decltype(one) T;
-        #pragma omp parallel for if (num_tokens * heads * dim > WORTH_THREADS)
-        for (int64_t row = 0; row < num_tokens * heads; row++) {
+        each_row(num_tokens * heads, dim, [&](int64_t row) {
             const T *first = (const T *)x + row / heads * stride + row % heads * dim, *second = first + half;
             const float *c = cos + row / heads * half, *s = sin + row / heads * half;
             T *to = (T *)out + row * dim;
@@ -618,7 +717,7 @@ extern "C" void rope(const void *x, const float *cos, const float *sin, void *ou
                 put(to + half + i, b * turn + a * rise, n);
             });
             std::memcpy((void *)(to + 2 * half), (const void *)(first + 2 * half), (dim - 2 * half) * sizeof(T));
-        }
+        });
     });
 }
 
@@ -640,7 +739,6 @@ constexpr int ROWS = 16;            // rows of a work item
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int LINE = MAX_HEAD_DIM + W;  // floats from row to row of a work item; no power of two, or all rows' first lines share a cache set
 constexpr int CHAINS = W == 8 ? 8 : 16; // accumulators of a register tile; AVX2 has 16 registers, the others 32
-constexpr int64_t WORTH_WAKING = 16384; // vectors to be loaded, below which a call stays on its thread
 
 // One step of one KV group, as attention/native.py packs it. Behind it stand query_starts [num_rows + 1], context_lens [num_rows],
 // rows of the block table [num_rows], first_items [num_rows + 1], row_of_item [num_items], counted for one KV head.
@@ -747,10 +845,14 @@ template <int N> static inline float largest(typename Lanes<N>::type x) {
 // From scores to weights, row r: e to the score minus the highest so far, and what was summed under a lower peak shrinks.
 static inline void soften(Rows &rows, int r, int64_t head_dim) {
     float *weights = rows.weights + r * TILE;
+    const bool partly = rows.low[r] > 0 || rows.high[r] < TILE;
     vf s[TILE / W], top = splat(-INFINITY);
     for (int v = 0; v < TILE / W; v++) {
-        vi slot = lane_numbers() + v * W;
-        s[v] = (slot >= rows.low[r]) & (slot < rows.high[r]) ? load(weights + v * W) : splat(-INFINITY);
+        s[v] = load(weights + v * W);
+        if (partly) {
+            vi slot = lane_numbers() + v * W;
+            s[v] = (slot >= rows.low[r]) & (slot < rows.high[r]) ? s[v] : splat(-INFINITY);
+        }
         top = top > s[v] ? top : s[v];
     }
     const float highest = largest<W>(top);
@@ -872,28 +974,25 @@ extern "C" void attention(const Step *plan, const void *q, const void *k, const 
                           int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t window, float scale) {
     const Step &step = *plan;
     const int64_t heads = step.num_kv_heads, head_dim = step.head_dim, block_size = step.block_size;
-    const int64_t num_items = step.num_items * heads, at_once = std::min<int64_t>(4, num_items / 6 + 1);  // taken by a thread
+    const int64_t num_items = step.num_items * heads;
     with_type(step.kv_kind, [&](auto kv) {
         typedef decltype(kv) C;
-        #pragma omp parallel if (step.num_visits * step.num_heads * head_dim * 2 / W > WORTH_WAKING)
-        {
-            with_type(step.kind, [&](auto one) {
-                typedef decltype(one) T;
-                #pragma omp for schedule(static)
-                for (int64_t i = 0; i < step.num_tokens * heads; i++) {
-                    const int64_t token = i / heads, head = i % heads, slot = step.slots[token], offset = slot % block_size;
-                    const int64_t place = (slot / block_size * heads + head) * head_dim * block_size;
-                    keep_token((const T *)k + token * k_stride + head * head_dim, (const T *)v + token * v_stride + head * head_dim,
-                               (C *)k_pool + place + offset, (C *)v_pool + place + offset * head_dim, head_dim, block_size);
-                }
+        with_type(step.kind, [&](auto one) {
+            typedef decltype(one) T;
+            each_row(step.num_tokens * heads, head_dim * 2, [&](int64_t i) {
+                const int64_t token = i / heads, head = i % heads, slot = step.slots[token], offset = slot % block_size;
+                const int64_t place = (slot / block_size * heads + head) * head_dim * block_size;
+                keep_token((const T *)k + token * k_stride + head * head_dim, (const T *)v + token * v_stride + head * head_dim,
+                           (C *)k_pool + place + offset, (C *)v_pool + place + offset * head_dim, head_dim, block_size);
             });
-            #pragma omp for schedule(dynamic) nowait
-            for (int64_t from = 0; from < num_items; from += at_once)
-                for (int64_t i = from, end = std::min(from + at_once, num_items); i < end; i++)
-                    attend(step, i, std::min(i + 1, end - 1), q, q_stride, window, scale, (const C *)k_pool, (const C *)v_pool, out);
-        }
+        });
+        share(step.num_visits * step.num_heads * head_dim / 4, [&](int64_t part, int64_t parts) {
+            for (int64_t i = num_items * part / parts, end = num_items * (part + 1) / parts; i < end; i++)
+                attend(step, i, std::min(i + 1, end - 1), q, q_stride, window, scale, (const C *)k_pool, (const C *)v_pool, out);
+        });
     });
 }
 
 // Floats in a vector: block_size and head_dim must be multiples of it.
 extern "C" int32_t vector_width() { return W; }
+extern "C" int32_t item_rows() { return ROWS; }

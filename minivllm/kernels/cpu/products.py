@@ -10,6 +10,7 @@ float32 (int32 for int8) and rounded once, after the bias. It knows nothing of l
 """
 
 from collections.abc import Mapping
+from struct import Struct
 from types import MappingProxyType
 
 import torch
@@ -29,6 +30,7 @@ class Products:
 
     def __init__(self, library: NativeLibrary) -> None:
         self._panel: int = library.panel_width()
+        self._words = Struct("13q").pack  # a ``Product`` of native.cpp; thirteen arguments take twice as long
         self._linear, self._lookup, self._prefer_huge_pages = library.linear, library.lookup, library.prefer_huge_pages
 
     def pack(self, values: Tensor, scales: Tensor | None) -> Matrix:
@@ -78,21 +80,16 @@ class Products:
             raise TypeError(f"x {x.dtype} {tuple(x.shape)} does not meet a matrix {values.dtype} ({num_out}, {matrix.num_in})")
         if of_values != 1:
             x, stride = x.contiguous(), num_in
-        out = torch.empty((num_rows, num_out), dtype=dtype)
-        if self._linear(
+        out = torch.empty(num_rows, num_out, dtype=dtype)
+        pointers = (
             x.data_ptr(),
             values.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            None if sums is None else sums.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
-            num_rows,
-            stride,
-            num_out,
-            num_in,
-            kind,
-            kind if scales is None else INT8,
-            KINDS[dtype],
-        ):
+        )
+        kinds = (kind, kind if scales is None else INT8, KINDS[dtype])
+        if self._linear(self._words(*pointers, num_rows, stride, num_out, num_in, *kinds)):
             raise MemoryError("no memory for the activations of a linear")
         return out
