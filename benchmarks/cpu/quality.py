@@ -12,6 +12,7 @@ import argparse
 import json
 import lzma
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ WAYS: dict[str, dict[str, str]] = {
     "int8, float32": {"dtype": "float32", "quantization": "int8"},
     "int8, bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
 }
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one way of computing gives, per token."""
+
+    nats: float  # mean surprise at the text
+    perplexity_ratio: float  # to float32's
+    divergence_nats: float  # Kullback-Leibler, from float32's distribution
+    same_share: float  # of tokens where the most likely one is the same
 
 
 def stories(path: Path) -> list[str]:
@@ -59,6 +70,27 @@ def logits_of(llm: LLM, ids: list[int]) -> Tensor:
     return found
 
 
+def compare(llms: dict[str, LLM], windows: list[list[int]]) -> dict[str, Quality]:
+    """Each way against the one called "float32"."""
+    sums = {name: np.zeros(3) for name in llms}  # nats, divergence, same choices
+    for window in windows:
+        targets = torch.tensor(window[1:])
+        expected = logits_of(llms["float32"], window[:-1]).log_softmax(-1)
+        for name, llm in llms.items():
+            found = logits_of(llm, window[:-1]).log_softmax(-1)
+            sums[name] += (
+                -float(found.gather(1, targets[:, None]).sum()),
+                float((expected.exp() * (expected - found)).sum()),
+                float((found.argmax(-1) == expected.argmax(-1)).sum()),
+            )
+    num_tokens = sum(len(window) - 1 for window in windows)
+    base = sums["float32"][0]
+    return {
+        name: Quality(nats / num_tokens, math.exp((nats - base) / num_tokens), divergence / num_tokens, same / num_tokens)
+        for name, (nats, divergence, same) in sums.items()
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,28 +99,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--window", type=int, default=512)
     asked = parser.parse_args()
-    texts = stories(asked.stories)
-    ways = {name: LLM(asked.model, max_num_seqs=1, **options) for name, options in WAYS.items()}
-    windows = windows_of(ways["float32"], texts, asked.window, asked.windows)
-    nats, divergence, same = (dict.fromkeys(ways, 0.0) for _ in range(3))
-    for window in windows:
-        targets = torch.tensor(window[1:])
-        expected = logits_of(ways["float32"], window[:-1]).log_softmax(-1)
-        for name, llm in ways.items():
-            found = logits_of(llm, window[:-1]).log_softmax(-1)
-            nats[name] -= float(found.gather(1, targets[:, None]).sum())
-            divergence[name] += float((expected.exp() * (expected - found)).sum())
-            same[name] += float((found.argmax(-1) == expected.argmax(-1)).sum())
-    num_tokens = len(windows) * asked.window
-    rows = []
-    print(f"{num_tokens:,} tokens")
+    llms = {name: LLM(asked.model, max_num_seqs=1, **options) for name, options in WAYS.items()}
+    windows = windows_of(llms["float32"], stories(asked.stories), asked.window, asked.windows)
+    found = compare(llms, windows)
+    print(f"{len(windows) * asked.window:,} tokens")
     print(f"{'':<22}{'nats/token':>12}{'perplexity':>12}{'KL, nats':>12}{'same choice':>12}")
-    for name in ways:
-        ratio = math.exp((nats[name] - nats["float32"]) / num_tokens)
-        row = (nats[name] / num_tokens, ratio, divergence[name] / num_tokens, same[name] / num_tokens)
-        print(f"{name:<22}{row[0]:>12.4f}{row[1] - 1:>+12.3%}{row[2]:>12.2e}{row[3]:>12.2%}")
-        rows.append({"way": name, "nats": row[0], "perplexity_ratio": ratio, "kl": row[2], "same": row[3]})
-    print(json.dumps({"benchmark": "cpu-quality", "tokens": num_tokens, "ways": rows}))
+    for name, q in found.items():
+        print(f"{name:<22}{q.nats:>12.4f}{q.perplexity_ratio - 1:>+12.3%}{q.divergence_nats:>12.2e}{q.same_share:>12.2%}")
+    ways = {name: asdict(q) for name, q in found.items()}
+    print(json.dumps({"benchmark": "cpu-quality", "tokens": len(windows) * asked.window, "ways": ways}))
 
 
 if __name__ == "__main__":
