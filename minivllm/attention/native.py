@@ -9,6 +9,7 @@ the batch-invariant mode.
 """
 
 from dataclasses import dataclass
+from struct import Struct
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ class NativeAttention:
         if ops.native is None:
             raise ValueError("native attention needs ops with the native library")
         self.need, self._attention = need, ops.native.attention
+        self._words = Struct("11qd").pack  # a ``Layer`` of native.cpp; twelve arguments take three times as long
         self._item_rows = ops.native.item_rows()  # queries x heads that share a work item
         kinds = (KINDS[need.dtype], KINDS[need.kv_dtype])
         self._side_by_side = (need.head_dim, 1)
@@ -87,8 +89,8 @@ class NativeAttention:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
         tokens = (q.data_ptr(), k.data_ptr(), v.data_ptr())
         window = SEES_ALL if layer.window is None else layer.window
-        pools = (cache.k.data_ptr(), cache.v.data_ptr())
-        self._attention(plan.address, *tokens, *pools, out.data_ptr(), of_q, of_k, of_v, window, layer.scale)
+        memory = (cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr())
+        self._attention(self._words(plan.address, *tokens, *memory, of_q, of_k, of_v, window, layer.scale))
         return out
 
     def _dense(self, x: Tensor) -> tuple[Tensor, int]:

@@ -38,6 +38,7 @@ class Ops:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     activation: Callable[[Tensor, str], Tensor]
     gated_activation: Callable[[Tensor, str], Tensor]
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
@@ -59,6 +60,7 @@ def reference_ops() -> Ops:
         rope=reference.rope,
         activation=reference.activation,
         gated_activation=reference.gated_activation,
+        choose=reference.choose,
         kv_write=reference.kv_write,
         copy_blocks=reference.copy_blocks,
     )
@@ -105,5 +107,6 @@ def native_ops(library: "NativeLibrary") -> Ops:
         rope=elementwise.rope,
         activation=elementwise.activation,
         gated_activation=elementwise.gated_activation,
+        choose=elementwise.choose,
         native=library,
     )

@@ -135,6 +135,13 @@ def gated_activation(x: Tensor, name: str) -> Tensor:
     return activation(gate, name) * up
 
 
+def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of ``logits`` [num_rows, vocab] float32 the most likely token [num_rows] int64, the lowest among equals, and
+    whether all of its numbers are finite [num_rows] bool."""
+    low, high = torch.aminmax(logits, dim=-1)
+    return logits.argmax(dim=-1), low.isfinite() & high.isfinite()
+
+
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Put ``k`` and ``v`` [num_tokens, num_kv_heads, head_dim] into the KV slots ``slots`` [num_tokens] of the caches.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minivllm.kernels.matrix import Matrix
 from minivllm.layers.setup import Setup
-from minivllm.layers.source import TensorSource
+from minivllm.layers.source import TensorSource, in_pieces
 from minivllm.quant.base import LinearShape
 
 
@@ -37,8 +37,8 @@ class VocabTable(nn.Module):
     def load(self, part: str, tensor: str, source: TensorSource) -> None:
         """See ``Loadable``."""
         stop = min(self.first + self.rows, self.vocab_size)
-        if stop > self.first:
-            self.setup.method.load(self, source.read(slice(self.first, stop)), 0)
+        for at, piece in in_pieces(source, self.first, stop):
+            self.setup.method.load(self, piece, at)
 
     def finish(self) -> None:
         """See ``Loadable``."""

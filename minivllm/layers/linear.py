@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minivllm.kernels.matrix import Matrix
 from minivllm.layers.setup import Setup
-from minivllm.layers.source import ALL, TensorSource
+from minivllm.layers.source import ALL, TensorSource, in_pieces
 from minivllm.parallel.comm import Comm
 from minivllm.quant.base import LinearShape
 
@@ -63,12 +63,14 @@ class Linear(nn.Module):
     def load(self, part: str, tensor: str, source: TensorSource) -> None:
         """See ``Loadable``."""
         share = self._part(part)
-        rows, first = slice(share.start, share.stop), self.first_row[part]
+        first = self.first_row[part]
         if tensor == "weight":
             cols = ALL if self.cols is None else slice(*self.cols)
-            self.setup.method.load(self, source.read(rows, cols), first)
+            for at, piece in in_pieces(source, share.start, share.stop, cols):
+                self.setup.method.load(self, piece, first + at)
         else:
-            self.get_parameter("bias")[first : first + share.stop - share.start].copy_(source.read(rows))
+            bias = source.read(slice(share.start, share.stop))
+            self.get_parameter("bias")[first : first + len(bias)].copy_(bias)
 
     def finish(self) -> None:
         """See ``Loadable``."""

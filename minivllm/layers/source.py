@@ -4,12 +4,14 @@ A layer knows which rows and columns belong to its rank and asks for those only,
 Whether the tensor is in a file, stored transposed, part of a fused tensor or random, the layer does not know.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 ALL = slice(None)
+PIECE_VALUES = 4 * 2**20
 
 
 class TensorSource(Protocol):
@@ -21,6 +23,16 @@ class TensorSource(Protocol):
 
     def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
         """Read a part; ``cols`` must be ``ALL`` for a vector."""
+
+
+def in_pieces(source: TensorSource, start: int, stop: int, cols: slice = ALL) -> Iterator[tuple[int, Tensor]]:
+    """Read rows ``start : stop`` of a matrix a piece at a time: (rows before it, the piece).
+
+    So a checkpoint in float32 that becomes int8 passes through a few megabytes, not through a copy of its largest matrix.
+    """
+    rows = max(1, PIECE_VALUES // max(1, source.shape[1]))
+    for at in range(start, stop, rows):
+        yield at - start, source.read(slice(at, min(at + rows, stop)), cols)
 
 
 class Loadable(Protocol):

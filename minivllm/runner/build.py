@@ -6,6 +6,7 @@ of its weights on this rank. So a model that cannot fit is refused in a second, 
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
         _check_invariant(decoder)
     caches = allocate(backend, kv.dtype, spec.num_layers, sizes.num_blocks, device)
     rows = Rows(config.scheduler.max_num_seqs, sizes.max_model_len, config.cache.block_size, 1, device)
-    sampler = (make_sampler or Sampler)(config.scheduler.max_num_seqs, spec.vocab_size, spec.eos_ids)
+    make = make_sampler or partial(Sampler, choose=ops.choose)
+    sampler = make(config.scheduler.max_num_seqs, spec.vocab_size, spec.eos_ids)
     runner = Runner(decoder, caches, backend, ops, rows, sampler)
     chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
     said = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
@@ -122,7 +124,7 @@ def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def _set_threads(num_threads: int, ops: Ops) -> None:
-    """Give the threads to whoever computes: the native kernels' pool, and torch then stays on the caller's thread, or torch's."""
+    """Give the threads to whoever computes: the native kernels' pool (torch then stays on the caller's thread), or torch's."""
     if ops.native is not None:
         ops.native.set_threads(num_threads)
     torch.set_num_threads(1 if ops.native is not None else num_threads)

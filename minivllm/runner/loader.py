@@ -10,7 +10,6 @@ that is almost loaded speaks nonsense fluently. Pickle files are never opened.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,25 +25,24 @@ from minivllm.models.hub import weight_files
 from minivllm.models.spec import Weight, WeightNames
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM_ROWS = 1024
 _REMEDY = "fetch the model again"
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in an open safetensors file."""
+    """A tensor in a safetensors file, which is opened for each reading: a file that stays mapped would stay in memory as far
+    as it was read, and a start's peak would be the checkpoint and the model."""
 
-    file: Any  # safe_open's handle
+    path: Path
     name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See ``TensorSource``."""
-        return tuple(self.file.get_slice(self.name).get_shape())
+    shape: tuple[int, ...]
 
     def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
         """See ``TensorSource``."""
-        found = self.file.get_slice(self.name)
-        return cast(Tensor, found[rows] if cols == ALL else found[rows, cols])
+        with _open(self.path) as file:
+            found = file.get_slice(self.name)
+            return cast(Tensor, found[rows] if cols == ALL else found[rows, cols])
 
 
 @dataclass(frozen=True)
@@ -58,22 +56,29 @@ class RandomTensor:
 
     def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
         """See ``TensorSource``."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found = torch.empty(self.shape).normal_(self.mean, self.deviation, generator=generator)
-        return found[rows] if cols == ALL else found[rows, cols]
+        start, stop, _ = rows.indices(self.shape[0])
+        first = start // RANDOM_ROWS
+        blocks = [self._block(index) for index in range(first, -(-stop // RANDOM_ROWS))]
+        found = torch.cat(blocks)[start - first * RANDOM_ROWS : stop - first * RANDOM_ROWS]
+        return found if cols == ALL else found[:, cols]
+
+    def _block(self, index: int) -> Tensor:
+        """Some rows, from a seed of their own: a piece of a large tensor is made without the rest."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+        num_rows = min(RANDOM_ROWS, self.shape[0] - index * RANDOM_ROWS)
+        return torch.empty((num_rows, *self.shape[1:])).normal_(self.mean, self.deviation, generator=generator)
 
 
 def load_checkpoint(decoder: Decoder, names: WeightNames, folder: Path) -> None:
     """Fill ``decoder`` from the safetensors files of ``folder``; raises ``BrokenModelFolder`` or ``PicklesOnly``."""
-    with ExitStack() as stack:
-        found: dict[str, TensorSource] = {}
-        for path in weight_files(folder):
-            file = stack.enter_context(_open(path))
+    found: dict[str, TensorSource] = {}
+    for path in weight_files(folder):
+        with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
                 if name in found:
                     raise BrokenModelFolder(f"{path.name} holds the tensor {name} that another file holds too; {_REMEDY}.")
-                found[name] = FileTensor(file, name)
-        _fill(decoder, names.places, _match(names, found))
+                found[name] = FileTensor(path, name, tuple(file.get_slice(name).get_shape()))
+    _fill(decoder, names.places, _match(names, found))
 
 
 def load_dummy(decoder: Decoder, names: WeightNames, seed: int) -> None:

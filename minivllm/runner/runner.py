@@ -62,8 +62,7 @@ class Pending:
         if self.hidden is None or self.sampled is None:
             return
         logits = self.runner.decoder.head(self.hidden)  # [num_sampled, vocab]
-        low, high = torch.aminmax(logits, dim=-1)
-        self.bad = ~(low.isfinite() & high.isfinite())
+        self.bad = ~self.runner.ops.choose(logits)[1]
         if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
             logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
         chosen = self.sampled

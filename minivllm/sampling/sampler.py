@@ -13,14 +13,14 @@ tokens alone, in any batch, after a preemption and after a restart. A feature th
 Knows nothing of models, blocks or the scheduler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm.kernels import reference
 from minivllm.sampling.batch import Feature, SampleBatch
-from minivllm.sampling.greedy import greedy
 from minivllm.sampling.gumbel import GumbelDraw
 from minivllm.sampling.min_p import MinP
 from minivllm.sampling.min_tokens import MinTokens
@@ -35,10 +35,17 @@ _HOST_LOGITS = 2**18
 _DEVICE_LOGITS = 2**22
 
 
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 class Sampler:
     """Sampling state of every row, and the way from logits to tokens. Written only by the runner."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, eos_token_ids: Sequence[int], choose: Choose = reference.choose
+    ) -> None:
+        """``choose``: the op that finds the most likely token of each row."""
+        self._choose = choose
         self._temperature = Temperature(max_num_seqs)
         self._draw = GumbelDraw(max_num_seqs)
         self._shaping: tuple[Feature, ...] = (
@@ -69,12 +76,12 @@ class Sampler:
                 feature.apply(logits, batch)
         drawn = self._temperature.drawn(batch)
         if not len(drawn):
-            return greedy(logits)
+            return self._choose(logits)[0]
         size = max(1, (_HOST_LOGITS if batch.on_host else _DEVICE_LOGITS) // logits.shape[1])
         parts = [drawn[at : at + size] for at in range(0, len(drawn), size)]
         if len(drawn) == len(rows):
             return torch.cat([self._drawn(logits[part[0] : part[-1] + 1], batch.take(part)) for part in parts])
-        chosen = greedy(logits)
+        chosen = self._choose(logits)[0]
         for part in parts:
             where = batch.put(part)
             chosen[where] = self._drawn(logits[where], batch.take(part))

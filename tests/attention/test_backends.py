@@ -1,7 +1,7 @@
 """Every attention backend against the definition, on random ragged steps over a cache full of NaN."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -43,11 +43,10 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def threads() -> Iterator[Any]:
-    """Sets the number of threads; puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def threads(native_table: Any) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads of the compiled kernels; one again afterwards."""
+    yield native_table.native.set_threads
+    native_table.native.set_threads(1)
 
 
 def need(num_heads: int = 8, num_kv_heads: int = 2, **changes: Any) -> AttnNeed:

@@ -22,11 +22,10 @@ DIMS = (768, 70, 33, 16, 5)  # whole vectors, and what is left over on each kind
 
 
 @pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads; puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def threads(native_table: Any) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads of the compiled kernels; one again afterwards."""
+    yield native_table.native.set_threads
+    native_table.native.set_threads(1)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -62,6 +61,16 @@ def test_the_sum_is_rounded_before_it_is_normed(native_table: Any) -> None:
         add, alone = getattr(native_table, f"add_{kind}_norm"), getattr(native_table, f"{kind}_norm")
         normed, total = add(x, residual, weight, *bias, 1e-5)
         assert torch.equal(total, x + residual) and torch.equal(normed, alone(total, weight, *bias, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_where_the_reference_rounds(native_table: Any, dtype: torch.dtype) -> None:
+    """Twice, with the weight or the other half multiplied in between; once would change every third element."""
+    x, weight = draw(50, 256, dtype=dtype), draw(256, dtype=dtype, seed=1)
+    found = (native_table.rms_norm(x, weight, 1e-5), native_table.gated_activation(x, "silu"))
+    expected = (reference.rms_norm(x, weight, 1e-5), reference.gated_activation(x, "silu"))
+    for a, b in zip(found, expected, strict=True):
+        assert (a == b).float().mean() > 0.99
 
 
 def test_a_row_far_from_zero_keeps_its_digits(native_table: Any) -> None:

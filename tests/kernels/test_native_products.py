@@ -19,11 +19,10 @@ SHAPES = [(1, 1), (1, 70), (3, 5), (64, 3), (33, 65), (96, 384), (130, 1027), (5
 
 
 @pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads; puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def threads(native_table: Any) -> Iterator[Callable[[int], None]]:
+    """Sets the kernels' number of threads; puts it back."""
+    yield native_table.native.set_threads
+    native_table.native.set_threads(1)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

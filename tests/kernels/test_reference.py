@@ -113,6 +113,22 @@ def test_activations(ops: Ops) -> None:
         np.testing.assert_allclose(gated, values[:, :25] * y[:, 25:], rtol=1e-4, atol=1e-5)
 
 
+def test_choose(ops: Ops) -> None:
+    for vocab in (1, 7, 16, 33, 5000):
+        logits = draw(9, vocab, seed=vocab).round(decimals=1)  # with ties
+        ids, finite = ops.choose(logits)
+        assert ids.tolist() == [int(np.argmax(row)) for row in logits.numpy()] and finite.all() and finite.dtype == torch.bool
+    for value, at in ((math.nan, 0), (math.inf, 3), (-math.inf, 4999)):
+        broken = draw(3, 5000)
+        broken[1, at] = value
+        assert ops.choose(broken)[1].tolist() == [True, False, True]
+    masked = draw(2, 40)
+    masked[0, :] = -torch.inf
+    masked[0, 39] = -3e38
+    assert ops.choose(masked)[0].tolist() == [39, int(masked[1].argmax())]
+    assert ops.choose(draw(0, 40))[0].shape == (0,)
+
+
 def test_embedding_kv_write_and_copy(ops: Ops) -> None:
     table = draw(9, 4)
     assert torch.equal(ops.embedding(torch.tensor([3, 0, 3]), table), table[[3, 0, 3]])

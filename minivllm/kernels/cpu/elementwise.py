@@ -8,6 +8,7 @@ distance from token to token, a token's own values side by side. Results are con
 """
 
 from collections.abc import Mapping
+from struct import Struct
 from types import MappingProxyType
 
 import torch
@@ -26,6 +27,9 @@ class Elementwise:
 
     def __init__(self, library: NativeLibrary) -> None:
         self._norm, self._activation, self._rope = library.norm, library.activation, library.rope
+        self._choose = library.choose
+        # The structs of native.cpp, packed; as many arguments would take three times as long.
+        self._norm_words, self._activation_words, self._rope_words = Struct("12qd").pack, Struct("8q").pack, Struct("10q").pack
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See ``reference.rms_norm``."""
@@ -49,8 +53,8 @@ class Elementwise:
         """See ``reference.rope``."""
         x, num_tokens, num_heads, dim, stride = _by_token(x)
         cos, sin, out = cos.contiguous(), sin.contiguous(), _empty_like(x)
-        angles = (cos.data_ptr(), sin.data_ptr())
-        self._rope(x.data_ptr(), *angles, out.data_ptr(), num_tokens, num_heads, dim, cos.shape[1], stride, KINDS[x.dtype])
+        tensors = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+        self._rope(self._rope_words(*tensors, num_tokens, num_heads, dim, cos.shape[1], stride, KINDS[x.dtype]))
         return out
 
     def activation(self, x: Tensor, name: str) -> Tensor:
@@ -58,22 +62,31 @@ class Elementwise:
         x, num_tokens, num_heads, dim, stride = _by_token(x)
         out = _empty_like(x)
         shape = (num_tokens, num_heads * dim, stride)
-        self._activation(x.data_ptr(), out.data_ptr(), *shape, 0, BENDS[name], KINDS[x.dtype])
+        self._activation(self._activation_words(x.data_ptr(), out.data_ptr(), *shape, KINDS[x.dtype], BENDS[name], False))
         return out
 
     def gated_activation(self, x: Tensor, name: str) -> Tensor:
         """See ``reference.gated_activation``."""
         x, num_tokens, _, both, stride = _by_token(x)
         out = x.new_empty((num_tokens, both // 2))
-        self._activation(x.data_ptr(), out.data_ptr(), num_tokens, both // 2, stride, 1, BENDS[name], KINDS[x.dtype])
+        shape = (num_tokens, both // 2, stride)
+        self._activation(self._activation_words(x.data_ptr(), out.data_ptr(), *shape, KINDS[x.dtype], BENDS[name], True))
         return out
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``reference.choose``."""
+        logits = logits.contiguous()
+        num_rows, vocab = logits.shape
+        ids, finite = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.bool)
+        self._choose(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), num_rows, vocab)
+        return ids, finite
 
     def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool) -> Tensor:
         """A norm alone."""
         x, num_tokens, num_heads, dim, stride = _by_token(x)
         out = _empty_like(x)
-        tensors = (x.data_ptr(), None, weight.data_ptr(), None if bias is None else bias.data_ptr(), None, out.data_ptr())
-        self._norm(*tensors, num_tokens, num_heads, dim, stride, eps, centred, KINDS[x.dtype])
+        tensors = (x.data_ptr(), 0, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, out.data_ptr())
+        self._norm(self._norm_words(*tensors, num_tokens, num_heads, dim, stride, KINDS[x.dtype], centred, eps))
         return out
 
     def _added(
@@ -82,9 +95,9 @@ class Elementwise:
         """A norm of a sum, and the sum."""
         x, residual = x.contiguous(), residual.contiguous()
         (num_tokens, dim), total, out = x.shape, _empty_like(x), _empty_like(x)
-        weights = (weight.data_ptr(), None if bias is None else bias.data_ptr())
+        weights = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
         tensors = (x.data_ptr(), residual.data_ptr(), *weights, total.data_ptr(), out.data_ptr())
-        self._norm(*tensors, num_tokens, 1, dim, dim, eps, centred, KINDS[x.dtype])
+        self._norm(self._norm_words(*tensors, num_tokens, 1, dim, dim, KINDS[x.dtype], centred, eps))
         return out, total
 
 

@@ -1,7 +1,7 @@
 """The compiled kernels as Python sees them: typed C functions.
 
-They have a pool of threads of their own, one for the process (``set_threads``); why not OpenMP's is told in ``native.cpp``. A call
-releases the interpreter's lock while it computes.
+They have a pool of threads of their own, one for the process (``set_threads``); why not OpenMP's is told in ``native.cpp``. A
+call releases the interpreter's lock while it computes.
 """
 
 import ctypes
@@ -26,10 +26,11 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "set_threads": "i",
         "panel_width": "=i",
         "prefer_huge_pages": "pl",
-        "norm": "ppppppllllfii",
-        "activation": "ppllliii",
-        "rope": "ppppllllli",
-        "attention": "pppppppllllf",
+        "norm": "p",
+        "activation": "p",
+        "rope": "p",
+        "attention": "p",
+        "choose": "pppll",
         "vector_width": "=i",
         "item_rows": "=i",
     }

@@ -235,9 +235,10 @@ constexpr int TILE_ROWS = 8, PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * W;
 constexpr int64_t BLOCK_STEPS = 1024;  // such a block of a panel stays in the L2 cache while
 constexpr int64_t GROUP_TILES = 32;    // so many tiles take turns with it
+constexpr int64_t READ_AHEAD = 8192;   // bytes
 
-// x [rows, num_in], its rows x_stride values apart, times a matrix [num_out, num_in]: out [rows, num_out]. The caller writes these
-// 13 words, in this order.
+// x [rows, num_in], its rows x_stride values apart, times a matrix [num_out, num_in]: out [rows, num_out]. The caller writes
+// these 13 words, in this order.
 struct Product {
     const char *x, *panels;
     const float *scales;  // [num_out], int8 only: values * scales are the weights
@@ -279,7 +280,9 @@ struct Float16 : FloatSums {
     static bool as_is(int64_t) { return false; }
     static vf weights(const char *w, int) { return load((const f16 *)w); }
 };
-#if defined(__AVX512BF16__)
+// The instruction for bfloat16 is worth it where it does twice the work of an fma: on AMD. On Intel's CPUs it does half, and
+// widening to float32 is twice as fast from 8 rows on. (GCC 12 takes a Zen 4 for a Zen 3 with AVX-512.)
+#if defined(__AVX512BF16__) && (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
 struct Bfloat16 {
     using Sum = vf;
     using Weight = bf16;
@@ -425,26 +428,35 @@ template <class K, int M = TILE_ROWS> static void add_rows(int64_t rows, const T
     else if constexpr (M > 1) add_rows<K, M - 1>(rows, turn, sums);
 }
 
-// From the sums of one row and panel to its outputs: scales, bias, the only rounding.
-template <class Sum> static void finish(const Product &p, int64_t row, int64_t panel, float row_scale, const Sum *sums) {
+// What makes a panel's sums its outputs: (sum - offset) * the row's scale * scale + bias; without the first three if not int8.
+struct Ending {
+    vi offset[PANEL_VECTORS];
+    vf scale[PANEL_VECTORS], bias[PANEL_VECTORS];
+};
+static Ending ending_of(const Product &p, int64_t panel) {
+    Ending e = {};
     for (int64_t v = 0, o = panel * PANEL; v < PANEL_VECTORS && o < p.num_out; v++, o += W) {
-        int n = (int)std::min<int64_t>(W, p.num_out - o);
-        vf y;
-        if constexpr (std::is_same_v<Sum, vi>) {
-            y = __builtin_convertvector(sums[v] - Int8::UNSIGNED * peek<vi>((const char *)(p.sums + o)), vf);
-            y = y * row_scale * (n == W ? load(p.scales + o) : load_part(p.scales + o, n));
-            asm("" : "+m"(y));  // through memory, so that the bias is not fused into the product: the reference rounds it
-        } else y = sums[v];
-        if (p.bias) with_type(p.x_kind, [&](auto t) {
-            const auto *bias = (const decltype(t) *)p.bias + o;
-            y += n == W ? load(bias) : load_part(bias, n);
-        });
-        with_type(p.out_kind, [&](auto t) {
-            auto *out = (decltype(t) *)p.out + row * p.num_out + o;
-            if (n == W) store(out, y);
-            else store_part(out, y, n);
-        });
+        const int n = (int)std::min<int64_t>(W, p.num_out - o);
+        if (p.scales) e.scale[v] = load_part(p.scales + o, n);
+        if (p.sums) e.offset[v] = Int8::UNSIGNED * peek<vi>((const char *)(p.sums + o));
+        if (p.bias) with_type(p.x_kind, [&](auto t) { e.bias[v] = load_part((const decltype(t) *)p.bias + o, n); });
     }
+    return e;
+}
+template <class Sum>
+static void finish(const Product &p, int64_t row, int64_t panel, float row_scale, const Ending &e, const Sum *sums) {
+    with_type(p.out_kind, [&](auto t) {
+        auto *out = (decltype(t) *)p.out + row * p.num_out + panel * PANEL;
+        for (int64_t v = 0, left = p.num_out - panel * PANEL; v < PANEL_VECTORS && left > 0; v++, left -= W) {
+            vf y;
+            if constexpr (std::is_same_v<Sum, vi>) {
+                y = __builtin_convertvector(sums[v] - e.offset[v], vf) * row_scale * e.scale[v];
+                asm("" : "+m"(y));  // through memory, so that the bias is not fused into the product: the reference rounds it
+            } else y = sums[v];
+            if (left >= W) store(out + v * W, y + e.bias[v]);
+            else store_part(out + v * W, y + e.bias[v], (int)left);
+        }
+    });
 }
 
 // Rows of x as words: those of row r are at words + r * stride, its sums are to be multiplied with scales[r].
@@ -454,29 +466,34 @@ struct Words {
     const float *scales;
 };
 
-// The tiles from `at` to `end`, counted panel by panel. A panel's tiles share the rows evenly.
-template <class K> static void multiply_tiles(const Product &p, const Words &x, int64_t at, int64_t end) {
+// The tiles from `at` to `end`, counted panel by panel. A panel's tiles share the rows evenly. What this thread does next is
+// likely to begin with the tile `after`.
+template <class K> static void multiply_tiles(const Product &p, const Words &x, int64_t at, int64_t end, int64_t after) {
     const int64_t steps = (p.num_in + K::STEP - 1) / K::STEP, step_bytes = PANEL_VECTORS * K::LANES;
     const int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS, blocks = (steps + BLOCK_STEPS - 1) / BLOCK_STEPS;
+    const char *end_of_panels = p.panels + (p.num_out + PANEL - 1) / PANEL * steps * step_bytes;
     typename K::Sum sums[GROUP_TILES][TILE_ROWS * PANEL_VECTORS];
     while (at < end) {
         const int64_t panel = at / tiles, tile = at % tiles, count = std::min({GROUP_TILES, tiles - tile, end - at});
         at += count;
+        const int64_t next_tile = at < end ? at : after;
+        const Ending ending = ending_of(p, panel);
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t k = steps * block / blocks, next = steps * (block + 1) / blocks;
+            const int64_t k = steps * block / blocks, next = steps * (block + 1) / blocks, bytes = (next - k) * step_bytes;
             const char *weights = p.panels + (panel * steps + k) * step_bytes;
-            // Of several tiles each fetches its part of the next block's weights meanwhile. One alone waits for memory anyway,
-            // and the CPU's own prefetching serves it better.
-            const bool goes_on = next < steps || (tile + count == tiles && at < end);
-            const int64_t lines = count > 1 && goes_on ? (step_bytes + 64 * count - 1) / (64 * count) : 0;
+            // Of several tiles each fetches its part of what comes next meanwhile. A full one alone looks READ_AHEAD bytes on;
+            // a smaller one only waits for memory, and the CPU's own prefetching serves it better.
+            const char *then = next < steps ? weights + bytes : p.panels + next_tile / tiles * steps * step_bytes;
+            const bool alone = count == 1, helped = alone ? p.rows >= TILE_ROWS - 1 : then != weights && then != end_of_panels;
+            const int64_t lines = helped ? (step_bytes + 64 * count - 1) / (64 * count) : 0;
             for (int64_t i = 0; i < count; i++) {
                 const int64_t row = p.rows * (tile + i) / tiles, rows = p.rows * (tile + i + 1) / tiles - row;
-                const char *ahead = weights + (next - k) * step_bytes * (count + i) / count;
+                const char *ahead = alone ? weights + READ_AHEAD : then + bytes * i / count;
                 const char *words = x.words + row * x.stride + k * K::PARTS * 4;
                 add_rows<K>(rows, {weights, words, ahead, x.stride, next - k, lines, k == 0}, sums[i]);
                 if (next == steps)
                     for (int64_t m = 0; m < rows; m++)
-                        finish(p, row + m, panel, x.scales ? x.scales[row + m] : 1, sums[i] + m * PANEL_VECTORS);
+                        finish(p, row + m, panel, x.scales ? x.scales[row + m] : 1, ending, sums[i] + m * PANEL_VECTORS);
             }
         }
     }
@@ -484,24 +501,26 @@ template <class K> static void multiply_tiles(const Product &p, const Words &x, 
 
 template <class K> static int run_product(const Product &p) {
     const int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS * ((p.num_out + PANEL - 1) / PANEL);
-    const int64_t row_bytes = (p.num_in + W - 1) / W * W / K::STEP * K::PARTS * 4;
-    const int64_t value_bytes = p.x_kind == FLOAT32 ? 4 : 2;
-    Words x = {p.x, p.x_stride * value_bytes, nullptr};
+    const int64_t row_bytes = ((p.num_in + W - 1) / W * W / K::STEP * K::PARTS * 4) | 64;
+    Words x = {p.x, p.x_stride * (p.x_kind == FLOAT32 ? 4 : 2), nullptr};
     char *made = nullptr;
-    if (!K::as_is(p.num_in)) {
+    // Rows whose distance is a multiple of 4,096 bytes push each other out of the L1 cache, so these are set apart, too.
+    if (!K::as_is(p.num_in) || (p.rows > 4 && x.stride % 4096 == 0)) {
         made = (char *)std::malloc(p.rows * (row_bytes + sizeof(float)));
         if (!made) return 1;
         float *scales = (float *)(made + p.rows * row_bytes);
-        share(p.rows * p.num_in / 2, [&](int64_t thread, int64_t threads) {
-            for (int64_t row = p.rows * thread / threads; row < p.rows * (thread + 1) / threads; row++)
+        share(p.rows * p.num_in / 2, [&](int64_t part, int64_t parts) {
+            for (int64_t row = p.rows * part / parts; row < p.rows * (part + 1) / parts; row++)
                 with_type(p.x_kind, [&](auto t) {
                     scales[row] = K::prepare((const decltype(t) *)p.x + row * p.x_stride, p.num_in, made + row * row_bytes);
                 });
         });
         x = {made, row_bytes, scales};
     }
-    share((p.num_out * p.num_in / K::STEP / W) * (p.rows + 2), [&](int64_t thread, int64_t threads) {
-        multiply_tiles<K>(p, x, tiles * thread / threads, tiles * (thread + 1) / threads);
+    // A vector of weights takes as many cycles as there are rows, and some 6 to arrive.
+    share((p.num_out * p.num_in / K::STEP / W) * (p.rows + 6), [&](int64_t part, int64_t parts) {
+        const int64_t after = std::min<int64_t>(part + pool.size(), parts);
+        multiply_tiles<K>(p, x, tiles * part / parts, tiles * (part + 1) / parts, tiles * after / parts);
     });
     std::free(made);
     return 0;
@@ -563,10 +582,8 @@ extern "C" int lookup(const int64_t *ids, const char *panels, const float *scale
 
 // ---- norms, activations, rotary positions -----------------------------------------------------------------------------------
 
-
-// Call f(row) for every row of `values` values; a value is about a cycle of work.
-template <class F> static inline void each_row(int64_t rows, int64_t values, F f) {
-    share(rows * values, [&](int64_t part, int64_t parts) {
+template <class F> static inline void share_rows(int64_t rows, int64_t cycles, F f) {
+    share(cycles, [&](int64_t part, int64_t parts) {
         for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) f(row);
     });
 }
@@ -589,6 +606,8 @@ static inline vi lane_numbers() {
     for (int i = 0; i < W; i++) x[i] = i;
     return x;
 }
+static inline vi keep_lanes(vi x, Whole) { return x; }
+static inline vi keep_lanes(vi x, int n) { return lane_numbers() < n ? x : vi{}; }
 static inline vf keep(vf x, Whole) { return x; }
 static inline vf keep(vf x, int n) { return lane_numbers() < n ? x : vf{}; }
 
@@ -648,53 +667,64 @@ template <class F> static inline void with_bend(int bend, F f) {
     else f([](vf x) { return relu(x); });
 }
 
-// One row's norm. total = x + residual first, rounded, where there is a residual. With a mean to take off it is layer_norm, else
-// rms_norm, which rounds once more before the weight, as the models' own code does.
-template <class T>
-static void norm_row(const T *x, const T *residual, const T *weight, const T *bias, T *total, T *out, int64_t dim, float eps, bool centred) {
-    if (residual) {
-        each_vector(dim, [&](int64_t i, auto n) { put(total + i, take(x + i, n) + take(residual + i, n), n); });
+// A norm of the rows of x [num_tokens, heads, dim]; `stride` values lie from token to token, all else is contiguous. With a
+// residual, total = x + residual comes first, rounded, and is normed. bias: may be null.
+struct Norm {
+    const void *x, *residual, *weight, *bias;
+    void *total, *out;
+    int64_t num_tokens, heads, dim, stride, kind, centred;  // centred: layer_norm, which takes off the mean; else rms_norm
+    double eps;
+};
+
+template <class T> static void norm_row(const Norm &norm, int64_t row) {
+    const T *x = (const T *)norm.x + row / norm.heads * norm.stride + row % norm.heads * norm.dim;
+    const T *weight = (const T *)norm.weight, *bias = (const T *)norm.bias;
+    T *out = (T *)norm.out + row * norm.dim;
+    if (norm.residual) {
+        const T *residual = (const T *)norm.residual + row * norm.dim;
+        T *total = (T *)norm.total + row * norm.dim;
+        each_vector(norm.dim, [&](int64_t i, auto n) { put(total + i, take(x + i, n) + take(residual + i, n), n); });
         x = total;
     }
     vf sums = {}, squares = {};
-    if (centred) each_vector(dim, [&](int64_t i, auto n) { sums = sums + take(x + i, n); });
-    const vf mean = splat(sum(sums) / dim);
-    each_vector(dim, [&](int64_t i, auto n) {
-        vf apart = keep(take(x + i, n) - mean, n);
+    if (norm.centred) each_vector(norm.dim, [&](int64_t i, auto n) { sums = sums + take(x + i, n); });
+    const vf mean = splat(sum(sums) / norm.dim);
+    each_vector(norm.dim, [&](int64_t i, auto n) {
+        const vf apart = keep(take(x + i, n) - mean, n);
         squares = squares + apart * apart;
     });
-    const vf scale = splat(1.0f / std::sqrt(sum(squares) / dim + eps));
-    each_vector(dim, [&](int64_t i, auto n) {
+    const vf scale = splat(1.0f / std::sqrt(sum(squares) / norm.dim + (float)norm.eps));
+    each_vector(norm.dim, [&](int64_t i, auto n) {
         vf y = (take(x + i, n) - mean) * scale;
-        y = (centred ? y : rounded<T>(y)) * take(weight + i, n);
+        y = (norm.centred ? y : rounded<T>(y)) * take(weight + i, n);  // rms_norm rounds twice, as the models' own code does
         put(out + i, bias ? y + take(bias + i, n) : y, n);
     });
 }
 
-// Rows of x [num_tokens, heads, dim], `stride` values from token to token; all else is contiguous. residual, bias: may be null.
-extern "C" void norm(const void *x, const void *residual, const void *weight, const void *bias, void *total, void *out, int64_t num_tokens,
-                     int64_t heads, int64_t dim, int64_t stride, float eps, int32_t centred, int32_t kind) {
-    with_type(kind, [&](auto one) {
-        typedef decltype(one) T;
-        each_row(num_tokens * heads, dim, [&](int64_t row) {
-            const T *from = (const T *)x + row / heads * stride + row % heads * dim;
-            const T *more = residual ? (const T *)residual + row * dim : nullptr;
-            norm_row(from, more, (const T *)weight, (const T *)bias, (T *)total + row * dim, (T *)out + row * dim, dim, eps, centred);
-        });
+extern "C" void norm(const Norm *norm) {
+    const int64_t rows = norm->num_tokens * norm->heads;
+    with_type(norm->kind, [&](auto one) {
+        share_rows(rows, rows * norm->dim, [&](int64_t row) { norm_row<decltype(one)>(*norm, row); });
     });
 }
 
-// out [num_tokens, dim] = bend(x), or bend(x) rounded, times the dim values beside it in x (the "up" half of a gated feed-forward).
-extern "C" void activation(const void *x, void *out, int64_t num_tokens, int64_t dim, int64_t stride, int32_t gated, int32_t bend, int32_t kind) {
-    with_type(kind, [&](auto one) {
-        typedef decltype(one) T;
-        with_bend(bend, [&](auto f) {
-            each_row(num_tokens, dim * 4, [&](int64_t token) {
-                const T *gate = (const T *)x + token * stride, *up = gate + dim;
-                T *to = (T *)out + token * dim;
-                each_vector(dim, [&](int64_t i, auto n) {
-                    vf y = f(take(gate + i, n));
-                    put(to + i, gated ? rounded<T>(y) * take(up + i, n) : y, n);
+// out [num_tokens, dim] = bend(x); or bend(x), rounded, times the dim values beside it in x (the "up" half of a gated MLP).
+struct Activation {
+    const void *x;
+    void *out;
+    int64_t num_tokens, dim, stride, kind, bend, gated;  // stride: values of x from token to token
+};
+
+extern "C" void activation(const Activation *a) {
+    with_type(a->kind, [&](auto one) {
+        using T = decltype(one);
+        with_bend(a->bend, [&](auto bend) {
+            share_rows(a->num_tokens, a->num_tokens * a->dim * 2, [&](int64_t token) {
+                const T *gate = (const T *)a->x + token * a->stride, *up = gate + a->dim;
+                T *to = (T *)a->out + token * a->dim;
+                each_vector(a->dim, [&](int64_t i, auto n) {
+                    const vf y = bend(take(gate + i, n));
+                    put(to + i, a->gated ? rounded<T>(y) * take(up + i, n) : y, n);
                 });
             });
         });
@@ -703,29 +733,64 @@ extern "C" void activation(const void *x, void *out, int64_t num_tokens, int64_t
 
 // Turn the pairs (i, i + half) of each head of x [num_tokens, heads, dim] by the token's angles, cos and sin [num_tokens, half];
 // what stands behind the first 2 * half values of a head is copied.
-extern "C" void rope(const void *x, const float *cos, const float *sin, void *out, int64_t num_tokens, int64_t heads, int64_t dim,
-                     int64_t half, int64_t stride, int32_t kind) {
-    with_type(kind, [&](auto one) {
-        typedef decltype(one) T;
-        each_row(num_tokens * heads, dim, [&](int64_t row) {
-            const T *first = (const T *)x + row / heads * stride + row % heads * dim, *second = first + half;
-            const float *c = cos + row / heads * half, *s = sin + row / heads * half;
-            T *to = (T *)out + row * dim;
+struct Rope {
+    const void *x;
+    const float *cos, *sin;
+    void *out;
+    int64_t num_tokens, heads, dim, half, stride, kind;  // stride: values of x from token to token
+};
+
+extern "C" void rope(const Rope *rope) {
+    const int64_t rows = rope->num_tokens * rope->heads, dim = rope->dim, half = rope->half;
+    with_type(rope->kind, [&](auto one) {
+        using T = decltype(one);
+        share_rows(rows, rows * dim, [&](int64_t row) {
+            const int64_t token = row / rope->heads;
+            const T *first = (const T *)rope->x + token * rope->stride + row % rope->heads * dim, *second = first + half;
+            const float *cos = rope->cos + token * half, *sin = rope->sin + token * half;
+            T *to = (T *)rope->out + row * dim;
             each_vector(half, [&](int64_t i, auto n) {
-                vf a = take(first + i, n), b = take(second + i, n), turn = take(c + i, n), rise = take(s + i, n);
-                put(to + i, a * turn - b * rise, n);
-                put(to + half + i, b * turn + a * rise, n);
+                const vf a = take(first + i, n), b = take(second + i, n), c = take(cos + i, n), s = take(sin + i, n);
+                put(to + i, a * c - b * s, n);
+                put(to + half + i, b * c + a * s, n);
             });
             std::memcpy((void *)(to + 2 * half), (const void *)(first + 2 * half), (dim - 2 * half) * sizeof(T));
         });
     });
 }
 
+// ---- choosing from logits -------------------------------------------------------------------------------------------------
+
+// For each row of logits [rows, vocab]: the place of the largest, the lowest among equals, and whether all are finite.
+extern "C" void choose(const float *logits, int64_t *ids, uint8_t *finite, int64_t rows, int64_t vocab) {
+    share_rows(rows, rows * vocab / 4, [&](int64_t row) {
+        const float *x = logits + row * vocab;
+        vf best = splat(-INFINITY);
+        vi place = {}, broken = {};
+        each_vector(vocab, [&](int64_t i, auto n) {
+            vf y = take(x + i, n);
+            broken |= (bits_of<vi>(y) & 0x7f800000) == 0x7f800000;
+            vi better = keep_lanes(y > best, n);
+            best = better ? y : best;
+            place = better ? lane_numbers() + (int32_t)i : place;
+        });
+        int64_t id = place[0];
+        float most = best[0];
+        bool whole = true;
+        for (int lane = 0; lane < W; lane++) {
+            if (best[lane] > most || (best[lane] == most && place[lane] < id)) most = best[lane], id = place[lane];
+            whole = whole && !broken[lane];
+        }
+        ids[row] = id, finite[row] = whole;
+    });
+}
+
 // ---- attention over the paged cache ---------------------------------------------------------------------------------------
 
 // A block of the cache holds, for each KV head, its keys as [head_dim, block_size] and its values as [block_size, head_dim]. So
-// the scores of W neighbouring slots are one vector: every key channel is a vector of slots times one number of the query, and no
-// sum ever runs across lanes. (The K layout of vLLM's first CUDA kernels has the same purpose.)
+// the scores of W neighbouring slots are one vector: a key channel of W slots times one number of the query, and no sum ever runs
+// across lanes. (The K layout of vLLM's first CUDA kernels has the same purpose.) In bfloat16 two rows of these matrices stand
+// together, number by number: both are widened from one vector by a shift and a mask, where a row alone takes twice as much.
 //
 // Online softmax (https://arxiv.org/abs/1805.02867) over tiles of TILE key positions; tiles begin at multiples of TILE. What a
 // query computes depends on its position and on this grid alone: a key that it may not see has weight exactly 0, and a tile of
@@ -734,36 +799,60 @@ extern "C" void rope(const void *x, const float *cos, const float *sin, void *ou
 // A work item is (sequence, KV head, ROWS rows), a row being one query of one of the heads that share the KV head, counted query
 // by query. So keys and values are loaded, and widened, once for all rows of a register tile. All arithmetic is float32.
 
-constexpr int TILE = 64;            // key positions
-constexpr int ROWS = 16;            // rows of a work item
+constexpr int TILE = 64;  // key positions
+constexpr int ROWS = 16;  // rows of a work item
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int LINE = MAX_HEAD_DIM + W;  // floats from row to row of a work item; no power of two, or all rows' first lines share a cache set
-constexpr int CHAINS = W == 8 ? 8 : 16; // accumulators of a register tile; AVX2 has 16 registers, the others 32
+constexpr int LINE = MAX_HEAD_DIM + W;   // floats from row to row of an item; were it a power of two, they would share cache sets
+constexpr int CHAINS = W == 8 ? 8 : 16;  // accumulators of a register tile; AVX2 has 16 registers, the others 32
+
+template <class C> constexpr int PAIR = 1;  // rows that stand together
+template <> constexpr int PAIR<bf16> = 2;
+template <class C> static inline void load_rows(const C *p, vf &row, vf &) { row = load(p); }
+static inline void load_rows(const bf16 *p, vf &even, vf &odd) {
+    const vu both = bits_of<vu>(load((const float *)p));
+    even = bits_of<vf>(both << 16);
+    odd = bits_of<vf>(both & 0xffff0000);
+}
 
 // One step of one KV group, as attention/native.py packs it. Behind it stand query_starts [num_rows + 1], context_lens [num_rows],
-// rows of the block table [num_rows], first_items [num_rows + 1], row_of_item [num_items], counted for one KV head.
+// rows of the block table [num_rows], first_items [num_rows + 1], row_of_item [num_items], items counted for one KV head.
 struct Step {
-    int64_t num_tokens, num_rows, num_items, num_visits;  // num_visits: keys x rows that see them
+    int64_t num_tokens, num_rows, num_items, num_visits;  // num_visits: keys x queries that may see them
     const int32_t *tables;                                // [.., max_blocks]
     int64_t max_blocks;
     const int64_t *slots;  // [num_tokens]
     int64_t num_heads, num_kv_heads, head_dim, block_size, kind, kv_kind;
 };
 
-struct Rows {  // what a work item holds while it walks the keys
-    alignas(64) float q[ROWS * LINE];    // scaled queries
-    alignas(64) float sums[ROWS * LINE]; // weights times values so far
-    alignas(64) float weights[ROWS * TILE];
-    vf totals[ROWS];                     // weights so far, by lane
-    float peak[ROWS];                    // the highest score so far
-    int64_t position[ROWS];
-    int low[ROWS], high[ROWS];           // slots low .. high - 1 of the present tile are seen
+struct Item {
+    const int32_t *table;          // the sequence's blocks
+    int64_t head, first, count;    // KV head; rows
+    int64_t token, before, group;  // the sequence's first query, as a token of the step and as a position; heads of a KV head
+    int64_t position(int64_t row) const { return before + (first + row) / group; }
+    int64_t place(int64_t row) const { return (token + (first + row) / group) * group + (first + row) % group; }  // token, head
+};
+
+struct Rows {  // what an item's rows hold while they walk the keys
+    alignas(64) float q[ROWS * LINE], sums[ROWS * LINE];  // scaled queries; weights times values so far
+    alignas(64) float weights[ROWS * TILE];               // scores, then weights, of the present tile
+    vf totals[ROWS];                                      // weights so far, by lane
+    float peak[ROWS];                                     // the highest score so far
+    int low[ROWS], high[ROWS];                            // slots low .. high - 1 of the present tile are seen
     int count;
 };
 
-template <int N> struct Count { static constexpr int value = N; };
+// Where a tile's vectors of slots stand: keys[i] + channel * block_size, values[i] + slot * head_dim. `start` is a part of the
+// block's keys of the same size as the vector's values, for reading ahead: the parts of all vectors are all keys.
+template <class C> struct Places { const C *keys[TILE / W], *values[TILE / W], *start[TILE / W]; };
+
+// Blocks are scattered, 2 KiB here and 2 KiB there, so the CPU cannot guess what comes next. Into the second cache: a core can
+// have many more of these under way than loads that end in its first.
+template <class C> static inline void read_ahead(const C *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(C)) __builtin_prefetch(from + i, 0, 2);
+}
 
 // Call f(Count<R>, first) so that every row is in one group. A row's arithmetic is the same in groups of any size.
+template <int N> struct Count { static constexpr int value = N; };
 template <int N, class F> static inline void row_groups(int rows, F f) {
     int r = 0;
     if constexpr (8 * N <= CHAINS) for (; r + 8 <= rows; r += 8) f(Count<8>{}, r);
@@ -772,28 +861,26 @@ template <int N, class F> static inline void row_groups(int rows, F f) {
     if (r < rows) f(Count<1>{}, r);
 }
 
-// acc[r][n] += a[r * stride_a + i] * (the vector at b[n] + i * stride_b), for i in order.
+// acc[r][n] += a[r * STRIDE_A + i] * (row i of the matrix at b[n], W numbers of it), for i = low .. high - 1 in order.
 template <int R, int N, int STRIDE_A, class C>
-static inline __attribute__((always_inline)) void multiply(const float *a, const C *const *b, int64_t stride_b, int count, vf (&acc)[R][N]) {
-    for (int i = 0; i < count; i++) {
-        vf column[N];
-        for (int n = 0; n < N; n++) column[n] = load(b[n] + i * stride_b);
+static inline __attribute__((always_inline)) void multiply(const float *a, const C *const *b, int64_t stride_b, int low, int high,
+                                                           vf (&acc)[R][N]) {
+    auto add = [&](int i, const vf (&row)[N]) __attribute__((always_inline)) {
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++) acc[r][n] = a[r * STRIDE_A + i] * column[n] + acc[r][n];
+            for (int n = 0; n < N; n++) acc[r][n] = a[r * STRIDE_A + i] * row[n] + acc[r][n];
+    };
+    for (int i = low / PAIR<C> * PAIR<C>; i < high; i += PAIR<C>) {
+        vf row[N], row_after[N];
+        for (int n = 0; n < N; n++) load_rows(b[n] + i * stride_b, row[n], row_after[n]);
+        if (i >= low) add(i, row);
+        if (PAIR<C> == 2 && i + 1 < high) add(i + 1, row_after);
     }
 }
 
-// Where the vectors of slots of a tile stand: keys[i] + channel * block_size, values[i] + slot * head_dim. `start` is a part of the
-// block's keys of the same size as the vector's values, for reading ahead: the i-th parts of all blocks together are all keys.
-template <class C> struct Places { const C *keys[TILE / W], *values[TILE / W], *start[TILE / W]; };
-
-template <class C> static inline void read_ahead(const C *from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(C)) __builtin_prefetch(from + i, 0, 2);
-}
-
-// weights = queries times keys, N vectors of slots at a time; those that none of a group's rows sees are left as they are. Blocks
-// are scattered in memory, 2 KiB here and 2 KiB there, so the CPU cannot guess what comes next: meanwhile the values are fetched.
-template <int N, class C> static void score(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t head_dim, int64_t block_size) {
+// weights = queries times keys, N vectors of slots at a time; those that none of a group's rows sees are left as they are.
+// Meanwhile the next tile's keys are fetched.
+template <int N, class C>
+static void score(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t head_dim, int64_t block_size) {
     for (int v = 0; v < TILE / W; v += N)
         row_groups<N>(rows.count, [&](auto group, int r) {
             constexpr int R = decltype(group)::value;
@@ -805,16 +892,17 @@ template <int N, class C> static void score(Rows &rows, const Places<C> &here, c
                     b[n] = here.keys[v + n] + d * block_size;
                     if (r == 0) read_ahead(next.start[v + n] + d * W, W * W);
                 }
-                multiply<R, N, LINE>(rows.q + r * LINE + d, b, block_size, W, acc);
+                multiply<R, N, LINE>(rows.q + r * LINE + d, b, block_size, 0, W, acc);
             }
             for (int i = 0; i < R; i++)
                 for (int n = 0; n < N; n++) store(rows.weights + (r + i) * TILE + (v + n) * W, acc[i][n]);
         });
 }
 
-// sums += weights times values, for N vectors of channels from `channel` on. Slots that none of a group's rows sees are not read.
-// The next tile's keys are fetched meanwhile.
-template <int N, class C> static void add_values(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t head_dim, int64_t channel) {
+// sums += weights times values, for N vectors of channels from `channel` on. Slots that none of a group's rows sees are not used.
+// Meanwhile the next tile's values are fetched.
+template <int N, class C>
+static void add_values(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t head_dim, int64_t channel) {
     row_groups<N>(rows.count, [&](auto group, int r) {
         constexpr int R = decltype(group)::value;
         const int low = rows.low[r], high = rows.high[r + R - 1];
@@ -822,11 +910,12 @@ template <int N, class C> static void add_values(Rows &rows, const Places<C> &he
         vf acc[R][N];
         for (int i = 0; i < R; i++)
             for (int n = 0; n < N; n++) acc[i][n] = load(sums + i * LINE + n * W);
-        for (int from = low; from < high; from = from / W * W + W) {
+        for (int v = low / W; v * W < high; v++) {
             const C *b[N];
-            for (int n = 0; n < N; n++) b[n] = here.values[from / W] + from % W * head_dim + channel + n * W;
-            if (r == 0) read_ahead(next.values[from / W] + channel * W, N * W * W);
-            multiply<R, N, TILE>(rows.weights + r * TILE + from, b, head_dim, std::min(high, from / W * W + W) - from, acc);
+            for (int n = 0; n < N; n++) b[n] = here.values[v] + (channel + n * W) * PAIR<C>;
+            if (r == 0) read_ahead(next.values[v] + channel * W, N * W * W);
+            const float *weights = rows.weights + r * TILE + v * W;
+            multiply<R, N, TILE>(weights, b, head_dim, std::max(low - v * W, 0), std::min(high - v * W, W), acc);
         }
         for (int i = 0; i < R; i++)
             for (int n = 0; n < N; n++) store(sums + i * LINE + n * W, acc[i][n]);
@@ -844,15 +933,13 @@ template <int N> static inline float largest(typename Lanes<N>::type x) {
 
 // From scores to weights, row r: e to the score minus the highest so far, and what was summed under a lower peak shrinks.
 static inline void soften(Rows &rows, int r, int64_t head_dim) {
-    float *weights = rows.weights + r * TILE;
+    float *weights = rows.weights + r * TILE, *sums = rows.sums + r * LINE;
     const bool partly = rows.low[r] > 0 || rows.high[r] < TILE;
-    vf s[TILE / W], top = splat(-INFINITY);
+    vf s[TILE / W], top = splat(-INFINITY), total = {};
     for (int v = 0; v < TILE / W; v++) {
+        const vi slot = lane_numbers() + v * W;
         s[v] = load(weights + v * W);
-        if (partly) {
-            vi slot = lane_numbers() + v * W;
-            s[v] = (slot >= rows.low[r]) & (slot < rows.high[r]) ? s[v] : splat(-INFINITY);
-        }
+        if (partly) s[v] = (slot >= rows.low[r]) & (slot < rows.high[r]) ? s[v] : splat(-INFINITY);
         top = top > s[v] ? top : s[v];
     }
     const float highest = largest<W>(top);
@@ -860,10 +947,9 @@ static inline void soften(Rows &rows, int r, int64_t head_dim) {
         const vf shrink = exponential(splat(rows.peak[r] - highest));
         rows.peak[r] = highest;
         rows.totals[r] = rows.totals[r] * shrink;
-        for (int64_t d = 0; d < head_dim; d += W) store(rows.sums + r * LINE + d, load(rows.sums + r * LINE + d) * shrink);
+        for (int64_t d = 0; d < head_dim; d += W) store(sums + d, load(sums + d) * shrink);
     }
     const vf peak = splat(std::max(rows.peak[r], -3e38f));  // -inf where no key was seen yet, and -inf - -inf is NaN
-    vf total = {};
     for (int v = 0; v < TILE / W; v++) {
         s[v] = exponential(s[v] - peak);
         total = total + s[v];
@@ -874,125 +960,129 @@ static inline void soften(Rows &rows, int r, int64_t head_dim) {
 
 // The tile of keys at position `at`: scores, softmax, values.
 template <class C>
-static void visit(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t at, int64_t window, int64_t head_dim, int64_t block_size) {
+static void visit(const Step &step, const Item &item, Rows &rows, const Places<C> &here, const Places<C> &next, int64_t at,
+                  int64_t window) {
     for (int r = 0; r < rows.count; r++) {
-        rows.low[r] = std::min<int64_t>(std::max<int64_t>(rows.position[r] - window + 1 - at, 0), TILE);
-        rows.high[r] = std::min<int64_t>(std::max<int64_t>(rows.position[r] + 1 - at, 0), TILE);
+        rows.low[r] = std::clamp<int64_t>(item.position(r) - window + 1 - at, 0, TILE);
+        rows.high[r] = std::clamp<int64_t>(item.position(r) + 1 - at, 0, TILE);
     }
-    const bool few = rows.count <= 4;
-    if (few) score<4>(rows, here, next, head_dim, block_size);
-    else score<2>(rows, here, next, head_dim, block_size);
-    for (int r = 0; r < rows.count; r++) soften(rows, r, head_dim);
-    int64_t channel = 0;
-    if (few) for (; channel + 4 * W <= head_dim; channel += 4 * W) add_values<4>(rows, here, next, head_dim, channel);
-    for (; channel + 2 * W <= head_dim; channel += 2 * W) add_values<2>(rows, here, next, head_dim, channel);
-    for (; channel < head_dim; channel += W) add_values<1>(rows, here, next, head_dim, channel);
+    const bool few = rows.count <= 4;  // then more columns keep the multipliers busy
+    if (few) score<4>(rows, here, next, step.head_dim, step.block_size);
+    else score<2>(rows, here, next, step.head_dim, step.block_size);
+    for (int r = 0; r < rows.count; r++) soften(rows, r, step.head_dim);
+    int64_t channel = 0, end = step.head_dim;
+    if (few) for (; channel + 4 * W <= end; channel += 4 * W) add_values<4>(rows, here, next, end, channel);
+    for (; channel + 2 * W <= end; channel += 2 * W) add_values<2>(rows, here, next, end, channel);
+    for (; channel < end; channel += W) add_values<1>(rows, here, next, end, channel);
 }
 
-// A work item in numbers.
-struct Item {
-    const int32_t *table;                                   // the sequence's blocks
-    int64_t head, first, num_rows, start, before;           // KV head; rows; the sequence's first query: token and position
-    int64_t position(int64_t group, int64_t r) const { return before + (first + r) / group; }
-};
-
-static inline Item item_at(const Step &step, int64_t index) {
-    const int64_t *starts = (const int64_t *)(&step + 1), *contexts = starts + step.num_rows + 1, *table_rows = contexts + step.num_rows;
-    const int64_t *first_items = table_rows + step.num_rows, *row_of_item = first_items + step.num_rows + 1;
-    const int64_t i = row_of_item[index / step.num_kv_heads], num_items = first_items[i + 1] - first_items[i];
-    const int64_t place = index - first_items[i] * step.num_kv_heads, queries = starts[i + 1] - starts[i];
-    const int64_t first = (num_items - 1 - place % num_items) * ROWS;  // the last rows, which see most keys, come first
-    const int64_t num_rows = std::min<int64_t>(ROWS, queries * (step.num_heads / step.num_kv_heads) - first);
-    return {step.tables + table_rows[i] * step.max_blocks, place / num_items, first, num_rows, starts[i], contexts[i] - queries};
+static inline Item item_at(const Step &step, int64_t index) {  // of all KV heads' items
+    const int64_t *starts = (const int64_t *)(&step + 1), *contexts = starts + step.num_rows + 1;
+    const int64_t *table_rows = contexts + step.num_rows, *first_items = table_rows + step.num_rows;
+    const int64_t i = first_items[step.num_rows + 1 + index / step.num_kv_heads], num_items = first_items[i + 1] - first_items[i];
+    const int64_t nth = index - first_items[i] * step.num_kv_heads, num_queries = starts[i + 1] - starts[i];
+    const int64_t group = step.num_heads / step.num_kv_heads, first = (num_items - 1 - nth % num_items) * ROWS;  // longest first
+    const int64_t count = std::min<int64_t>(ROWS, num_queries * group - first);
+    return {step.tables + table_rows[i] * step.max_blocks, nth / num_items, first, count, starts[i], contexts[i] - num_queries, group};
 }
 
-// The tile at `at` for an item whose rows see positions low .. high; slots outside may have no block and get a neighbour's place.
-template <class C> static inline Places<C> locate(const Step &step, const Item &item, int64_t at, int64_t low, int64_t high, const C *k, const C *v) {
+// The tile at `at` for rows that see positions low .. high; a vector of slots outside has no block and gets a neighbour's place.
+template <class C>
+static inline Places<C> locate(const Step &step, const Item &item, int64_t at, int64_t low, int64_t high, const C *k, const C *v) {
     Places<C> places;
-    for (int j = 0; j < TILE / W; j++) {
-        const int64_t position = std::min(std::max(at + j * W, low / W * W), high / W * W), offset = position % step.block_size;
-        const int64_t block = (item.table[position / step.block_size] * step.num_kv_heads + item.head) * step.block_size;
-        places.keys[j] = k + block * step.head_dim + offset;
-        places.start[j] = k + (block + offset) * step.head_dim;
-        places.values[j] = v + (block + offset) * step.head_dim;
+    for (int i = 0; i < TILE / W; i++) {
+        const int64_t position = std::min(std::max(at + i * W, low / W * W), high / W * W), offset = position % step.block_size;
+        const int64_t slot = (item.table[position / step.block_size] * step.num_kv_heads + item.head) * step.block_size;
+        places.keys[i] = k + slot * step.head_dim + offset * PAIR<C>;
+        places.start[i] = k + (slot + offset) * step.head_dim;
+        places.values[i] = v + (slot + offset) * step.head_dim;
     }
     return places;
 }
 
-// Compute work item `index`, of all KV heads'; q, window, scale and out as in `attention`. Towards its end read ahead for `after`.
-template <class C>
-static void attend(const Step &step, int64_t index, int64_t after, const void *q, int64_t q_stride, int64_t window, float scale, const C *k, const C *v, void *out) {
-    const int64_t group = step.num_heads / step.num_kv_heads, head_dim = step.head_dim;
-    const Item item = item_at(step, index), next_item = item_at(step, after);
+// One layer of a step: k and v [num_tokens, num_kv_heads, head_dim] are written into the pools, then q [num_tokens, num_heads,
+// head_dim] attends into out (contiguous). Strides are values from token to token; a token's heads are contiguous.
+struct Layer {
+    const Step *step;
+    const void *q, *k, *v;
+    void *k_pool, *v_pool, *out;
+    int64_t q_stride, k_stride, v_stride, window;
+    double scale;
+};
+
+// One head of one token into the cache.
+template <class T, class C> static void keep_token(const Layer &layer, int64_t token, int64_t head) {
+    const Step &step = *layer.step;
+    const int64_t head_dim = step.head_dim, block_size = step.block_size, slot = step.slots[token], offset = slot % block_size;
+    const int64_t block = (slot / block_size * step.num_kv_heads + head) * head_dim * block_size;
+    const T *k = (const T *)layer.k + token * layer.k_stride + head * head_dim;
+    const T *v = (const T *)layer.v + token * layer.v_stride + head * head_dim;
+    C *keys = (C *)layer.k_pool + block + offset * PAIR<C>;
+    C *values = (C *)layer.v_pool + block + offset / PAIR<C> * PAIR<C> * head_dim + offset % PAIR<C>;
+    C key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
+    for (int64_t d = 0; d < head_dim; d += W) {
+        store(key + d, load(k + d));
+        store(value + d, load(v + d));
+    }
+    for (int64_t d = 0; d < head_dim; d += PAIR<C>) std::memcpy((void *)(keys + d * block_size), (void *)(key + d), PAIR<C> * sizeof(C));
+    for (int64_t d = 0; d < head_dim; d++) values[d * PAIR<C>] = value[d];
+}
+
+// A work item. While its last tile is computed the first of `after` is fetched, the item that this thread will do next.
+template <class T, class C> static void attend(const Layer &layer, const Item &item, const Item &after) {
+    const Step &step = *layer.step;
+    const int64_t head_dim = step.head_dim, window = layer.window;
+    const C *k = (const C *)layer.k_pool, *v = (const C *)layer.v_pool;
+    auto first_seen = [&](const Item &of) { return std::max<int64_t>(of.position(0) - window + 1, 0); };
+    auto head_of = [&](int64_t place) { return item.head * item.group + place % item.group; };
     Rows rows;
-    rows.count = item.num_rows;
+    rows.count = item.count;
     for (int r = 0; r < rows.count; r++) {
-        rows.position[r] = item.position(group, r);
+        const int64_t place = item.place(r);
+        const T *q = (const T *)layer.q + place / item.group * layer.q_stride + head_of(place) * head_dim;
         rows.peak[r] = -INFINITY;
         rows.totals[r] = vf{};
-        with_type(step.kind, [&](auto one) {
-            const int64_t token = item.start + (item.first + r) / group, head = item.head * group + (item.first + r) % group;
-            const decltype(one) *from = (const decltype(one) *)q + token * q_stride + head * head_dim;
-            for (int64_t d = 0; d < head_dim; d += W) {
-                store(rows.q + r * LINE + d, load(from + d) * scale);
-                store(rows.sums + r * LINE + d, vf{});
-            }
-        });
+        for (int64_t d = 0; d < head_dim; d += W) {
+            store(rows.q + r * LINE + d, load(q + d) * (float)layer.scale);
+            store(rows.sums + r * LINE + d, vf{});
+        }
     }
-    const int64_t low = std::max<int64_t>(rows.position[0] - window + 1, 0), high = rows.position[rows.count - 1];
+    const int64_t low = first_seen(item), high = item.position(item.count - 1), low_after = first_seen(after);
     Places<C> next = locate(step, item, low / TILE * TILE, low, high, k, v);
     for (int64_t at = low / TILE * TILE; at <= high; at += TILE) {
         const Places<C> here = next;
-        const int64_t next_low = std::max<int64_t>(next_item.position(group, 0) - window + 1, 0);
         if (at + TILE <= high) next = locate(step, item, at + TILE, low, high, k, v);
-        else next = locate(step, next_item, next_low / TILE * TILE, next_low, next_item.position(group, next_item.num_rows - 1), k, v);
-        visit(rows, here, next, at, window, head_dim, step.block_size);
+        else next = locate(step, after, low_after / TILE * TILE, low_after, after.position(after.count - 1), k, v);
+        visit(step, item, rows, here, next, at, window);
     }
+    for (int r = 0; r < rows.count; r++) {
+        const int64_t place = item.place(r);
+        const vf total = splat(sum(rows.totals[r]));
+        T *out = (T *)layer.out + (place / item.group * step.num_heads + head_of(place)) * head_dim;
+        for (int64_t d = 0; d < head_dim; d += W) store(out + d, load(rows.sums + r * LINE + d) / total + 0.0f);  // never -0
+    }
+}
+
+extern "C" void attention(const Layer *layer) {
+    const Step &step = *layer->step;
+    const int64_t heads = step.num_kv_heads, num_items = step.num_items * heads;
+    const bool little = step.num_visits * step.num_heads * step.head_dim * 4 / W < 2 * PART_CYCLES;
+    const int64_t at_once = little ? num_items : std::min<int64_t>(4, num_items / 6 + 1);  // a thread knows what it will do next
     with_type(step.kind, [&](auto one) {
-        for (int r = 0; r < rows.count; r++) {
-            const vf total = splat(sum(rows.totals[r]));
-            const int64_t token = item.start + (item.first + r) / group, head = item.head * group + (item.first + r) % group;
-            decltype(one) *to = (decltype(one) *)out + (token * step.num_heads + head) * head_dim;
-            for (int64_t d = 0; d < head_dim; d += W) store(to + d, load(rows.sums + r * LINE + d) / total + 0.0f);  // never -0
-        }
-    });
-}
-
-// One head of one token into the cache.
-template <class T, class C> static void keep_token(const T *k, const T *v, C *keys, C *values, int64_t head_dim, int64_t block_size) {
-    C narrow[MAX_HEAD_DIM];
-    for (int64_t d = 0; d < head_dim; d += W) {
-        store(narrow + d, load(k + d));
-        store(values + d, load(v + d));
-    }
-    for (int64_t d = 0; d < head_dim; d++) keys[d * block_size] = narrow[d];
-}
-
-// One layer of a step: write k and v [num_tokens, num_kv_heads, head_dim] into the pools, then attend with q [num_tokens,
-// num_heads, head_dim] into out (contiguous). Strides are from token to token, in values; a token's heads are contiguous.
-extern "C" void attention(const Step *plan, const void *q, const void *k, const void *v, void *k_pool, void *v_pool, void *out,
-                          int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t window, float scale) {
-    const Step &step = *plan;
-    const int64_t heads = step.num_kv_heads, head_dim = step.head_dim, block_size = step.block_size;
-    const int64_t num_items = step.num_items * heads;
-    with_type(step.kv_kind, [&](auto kv) {
-        typedef decltype(kv) C;
-        with_type(step.kind, [&](auto one) {
-            typedef decltype(one) T;
-            each_row(step.num_tokens * heads, head_dim * 2, [&](int64_t i) {
-                const int64_t token = i / heads, head = i % heads, slot = step.slots[token], offset = slot % block_size;
-                const int64_t place = (slot / block_size * heads + head) * head_dim * block_size;
-                keep_token((const T *)k + token * k_stride + head * head_dim, (const T *)v + token * v_stride + head * head_dim,
-                           (C *)k_pool + place + offset, (C *)v_pool + place + offset * head_dim, head_dim, block_size);
+        with_type(step.kv_kind, [&](auto kv) {
+            share_rows(step.num_tokens * heads, step.num_tokens * heads * step.head_dim * 3, [&](int64_t i) {
+                keep_token<decltype(one), decltype(kv)>(*layer, i / heads, i % heads);
             });
-        });
-        share(step.num_visits * step.num_heads * head_dim / 4, [&](int64_t part, int64_t parts) {
-            for (int64_t i = num_items * part / parts, end = num_items * (part + 1) / parts; i < end; i++)
-                attend(step, i, std::min(i + 1, end - 1), q, q_stride, window, scale, (const C *)k_pool, (const C *)v_pool, out);
+            auto some = [&](int64_t part) {
+                const int64_t end = std::min((part + 1) * at_once, num_items);
+                for (int64_t i = part * at_once; i < end; i++)
+                    attend<decltype(one), decltype(kv)>(*layer, item_at(step, i), item_at(step, std::min(i + 1, end - 1)));
+            };
+            pool.run((num_items + at_once - 1) / at_once, some);
         });
     });
 }
 
-// Floats in a vector: block_size and head_dim must be multiples of it.
+// Floats in a vector: block_size and head_dim must be multiples of it. Rows in a work item.
 extern "C" int32_t vector_width() { return W; }
 extern "C" int32_t item_rows() { return ROWS; }

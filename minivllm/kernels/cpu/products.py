@@ -1,12 +1,12 @@
 """Matrix products over packed weights: linears, the head's logits, and the vocabulary's rows.
 
-A checkpoint stores a matrix output by output. A product wants to read memory once, from its beginning to its end, and to use each
-vector of weights for several rows of x while it is in a register. So a matrix is packed into panels of some outputs side by
-side, with as many inputs of each as one 32-bit lane takes (``STEPS``): [num_panels, num_steps, panel, step], filled up with zeros. Its
-one copy serves one token and a thousand; the vocabulary's rows are gathered out of it too.
+A checkpoint stores a matrix output by output. A product wants to read memory once, from its beginning to its end, and to use
+each vector of weights for several rows of x while it is in a register. So a matrix is packed into panels of some outputs side
+by side, with as many inputs of each as one 32-bit lane takes (``STEPS``): [num_panels, num_steps, panel, step], filled up with
+zeros. Its one copy serves one token and a thousand; the vocabulary's rows are gathered out of it too.
 
-An output is one sum over the inputs in order, whatever else is in the call, so a row's bits depend on that row alone. Every sum is
-float32 (int32 for int8) and rounded once, after the bias. It knows nothing of layers.
+An output is one sum over the inputs in order, whatever else is in the call, so a row's bits depend on that row alone. Every sum
+is float32 (int32 for int8) and rounded once, after the bias. It knows nothing of layers.
 """
 
 from collections.abc import Mapping
