@@ -121,6 +121,22 @@ def test_x_may_be_a_view(native_table: Any, kind: str, num_in: int) -> None:
     assert torch.equal(native_table.linear(x[::2], matrix, None), expected[::2])
 
 
+@pytest.mark.parametrize("num_in", [96, 97, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_a_multiple_of_a_page_apart(
+    native_table: Any, threads: Callable[[int], None], kind: str, num_in: int
+) -> None:
+    """Such rows are copied closer together first, by several threads: none may write into another's."""
+    wide = torch.full((900, 2048), float("nan"), dtype=input_dtype(kind))
+    x = wide[:, :num_in]
+    x.copy_(draw(900, num_in))
+    matrix = native_table.pack(*weights(kind, 64, num_in))
+    expected = torch.cat([native_table.linear(row[None], matrix, None) for row in x.contiguous()])
+    threads(3)
+    for _ in range(20):
+        assert torch.equal(native_table.linear(x, matrix, None), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_without_numbers_keeps_to_itself(native_table: Any, kind: str, value: float) -> None:

@@ -25,7 +25,7 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "lookup": "pppplllii=i",
         "set_threads": "i",
         "panel_width": "=i",
-        "prefer_huge_pages": "pl",
+        "pack": "ppplli",
         "norm": "p",
         "activation": "p",
         "rope": "p",

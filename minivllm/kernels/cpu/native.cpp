@@ -60,19 +60,24 @@ static inline void store(bf16 *p, vf x) {  // to nearest, ties to even; not by v
     std::memcpy(p, &h, sizeof h);
 }
 #if defined(__AVX512F__)
-static inline vf load(const f16 *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-static inline void store(f16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline vf load(const f16 *p) { return (vf)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i *)p)); }
+static inline void store(f16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__) && defined(__AVX2__)
 static inline vf load(const f16 *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline void store(f16 *p, vf x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
 #else
+#if defined(__aarch64__)
+typedef __fp16 wide_half;
+#else
+typedef _Float16 wide_half;
+#endif
 static inline vf load(const f16 *p) {
     vf x;
-    for (int i = 0; i < W; i++) x[i] = (float)bits_of<_Float16>(p[i].bits);
+    for (int i = 0; i < W; i++) x[i] = (float)bits_of<wide_half>(p[i].bits);
     return x;
 }
 static inline void store(f16 *p, vf x) {
-    for (int i = 0; i < W; i++) p[i].bits = bits_of<uint16_t>((_Float16)x[i]);
+    for (int i = 0; i < W; i++) p[i].bits = bits_of<uint16_t>((wide_half)x[i]);
 }
 #endif
 
@@ -293,7 +298,7 @@ struct Bfloat16 {
     static vf add(vf sum, vu x, vu w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
     template <class T> static float prepare(const T *x, int64_t num_in, char *words) {
         std::memcpy(words, x, num_in * 2);
-        std::memset(words + num_in * 2, 0, 2);
+        if (num_in % 2) std::memset(words + num_in * 2, 0, 2);
         return 1;
     }
 };
@@ -535,8 +540,8 @@ static inline vf load(const int8_t *p) {
 // Outputs that make a panel.
 extern "C" int panel_width() { return PANEL; }
 
-// Ask for large pages behind memory that is to be written: one core then reads a fifth faster from it.
-extern "C" void prefer_huge_pages(char *memory, int64_t bytes) {
+// Ask for large pages behind memory that is not written yet: one core then reads a fifth faster from it.
+static void prefer_huge_pages(char *memory, int64_t bytes) {
 #if defined(__linux__)
     const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;
     const uintptr_t last = ((uintptr_t)memory + bytes) / page * page;
@@ -544,6 +549,34 @@ extern "C" void prefer_huge_pages(char *memory, int64_t bytes) {
 #else
     (void)memory, (void)bytes;
 #endif
+}
+
+// Values [num_out, num_in] into panels that are not written yet, and sums [panels * PANEL] of each output's if there are such.
+extern "C" void pack(const char *values, char *panels, int32_t *sums, int64_t num_out, int64_t num_in, int matrix_kind) {
+    with_way(matrix_kind, [&](auto way) {
+        using K = decltype(way);
+        using Weight = typename K::Weight;
+        const int64_t num_panels = (num_out + PANEL - 1) / PANEL, steps = (num_in + K::STEP - 1) / K::STEP;
+        prefer_huge_pages(panels, num_panels * steps * PANEL * K::STEP * (int64_t)sizeof(Weight));
+        share(num_out * num_in, [&](int64_t part, int64_t parts) {
+            for (int64_t panel = num_panels * part / parts; panel < num_panels * (part + 1) / parts; panel++) {
+                const Weight *from = (const Weight *)values + panel * PANEL * num_in;
+                Weight *to = (Weight *)panels + panel * steps * PANEL * K::STEP;
+                const int64_t outputs = std::min<int64_t>(PANEL, num_out - panel * PANEL);
+                for (int64_t k = 0; k < num_in; k += K::STEP, to += PANEL * K::STEP) {
+                    const int64_t count = std::min<int64_t>(K::STEP, num_in - k);
+                    std::fill_n(to, PANEL * K::STEP, Weight{});
+                    for (int64_t o = 0; o < outputs; o++)
+                        std::memcpy(to + o * K::STEP, from + o * num_in + k, count * sizeof(Weight));
+                }
+                if constexpr (std::is_same_v<K, Int8>)
+                    for (int64_t o = 0; o < PANEL; o++) {
+                        sums[panel * PANEL + o] = 0;
+                        for (int64_t i = 0; o < outputs && i < num_in; i++) sums[panel * PANEL + o] += from[o * num_in + i];
+                    }
+            }
+        });
+    });
 }
 
 // The product, plus bias; rounded once. Returns 0, or 1 if there is no memory for the words.
@@ -561,8 +594,8 @@ extern "C" int lookup(const int64_t *ids, const char *panels, const float *scale
     with_way(matrix_kind, [&](auto way) {
         using K = decltype(way);
         const int64_t steps = (num_in + K::STEP - 1) / K::STEP;
-        share(count * num_in * 4, [&](int64_t thread, int64_t threads) {
-            for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; i++) {
+        share(count * num_in * 4, [&](int64_t part, int64_t parts) {
+            for (int64_t i = count * part / parts; i < count * (part + 1) / parts; i++) {
                 using Weight = typename K::Weight;
                 const Weight *column = (const Weight *)panels + (ids[i] / PANEL * steps * PANEL + ids[i] % PANEL) * K::STEP;
                 const float scale = scales ? scales[ids[i]] : 1;
@@ -582,14 +615,15 @@ extern "C" int lookup(const int64_t *ids, const char *panels, const float *scale
 
 // ---- norms, activations, rotary positions -----------------------------------------------------------------------------------
 
+// Call f(row) for every row, all of them `cycles` of work.
 template <class F> static inline void share_rows(int64_t rows, int64_t cycles, F f) {
     share(cycles, [&](int64_t part, int64_t parts) {
         for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) f(row);
     });
 }
 
-// A row is walked in whole vectors and then, once, in the lanes that are left: f(i, Whole{}) and f(i, lanes). take, put and keep
-// do the same for both, so that a value's bits do not depend on where in the row it stands.
+// A row is walked in whole vectors and then, once, in the lanes that are left: f(i, Whole{}) and f(i, lanes). take, put and
+// keep do the same for both, so that a value's bits do not depend on where in the row it stands.
 struct Whole {};
 template <class F> static inline void each_vector(int64_t dim, F f) {
     int64_t i = 0;
@@ -622,8 +656,8 @@ template <> inline vf rounded<bf16>(vf x) {  // as `store` does, without the way
     return x != x ? x : bits_of<vf>((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);
 }
 
-// e to the x, within 1 ulp; exactly 1 at 0, 0 at -inf, inf at inf, NaN at NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two
-// parts, so that n ln 2 is exact enough), a polynomial for r, and n goes into the exponent.
+// e to the x, to about 1 ulp; exactly 1 at 0, 0 at -inf, inf at inf, NaN at NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in
+// two parts, so that n ln 2 is exact enough), a polynomial for r, and n goes into the exponent.
 static inline vf exponential(vf x) {
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no place for a fraction
     x = splat(89.0f) < x ? splat(89.0f) : x;
@@ -731,8 +765,8 @@ extern "C" void activation(const Activation *a) {
     });
 }
 
-// Turn the pairs (i, i + half) of each head of x [num_tokens, heads, dim] by the token's angles, cos and sin [num_tokens, half];
-// what stands behind the first 2 * half values of a head is copied.
+// Turn the pairs (i, i + half) of each head of x [num_tokens, heads, dim] by the token's angles, cos and sin [num_tokens,
+// half]; what stands behind the first 2 * half values of a head is copied.
 struct Rope {
     const void *x;
     const float *cos, *sin;
@@ -788,21 +822,21 @@ extern "C" void choose(const float *logits, int64_t *ids, uint8_t *finite, int64
 // ---- attention over the paged cache ---------------------------------------------------------------------------------------
 
 // A block of the cache holds, for each KV head, its keys as [head_dim, block_size] and its values as [block_size, head_dim]. So
-// the scores of W neighbouring slots are one vector: a key channel of W slots times one number of the query, and no sum ever runs
-// across lanes. (The K layout of vLLM's first CUDA kernels has the same purpose.) In bfloat16 two rows of these matrices stand
-// together, number by number: both are widened from one vector by a shift and a mask, where a row alone takes twice as much.
+// the scores of W neighbouring slots are one vector: a key channel of W slots times one number of the query, and no sum ever
+// runs across lanes. (The K layout of vLLM's first CUDA kernels has the same purpose.) In bfloat16 two rows of these matrices
+// stand together, number by number: both are widened from one vector by a shift and a mask, where a row alone takes as much.
 //
 // Online softmax (https://arxiv.org/abs/1805.02867) over tiles of TILE key positions; tiles begin at multiples of TILE. What a
 // query computes depends on its position and on this grid alone: a key that it may not see has weight exactly 0, and a tile of
 // such keys multiplies its sums by exactly 1.
 //
-// A work item is (sequence, KV head, ROWS rows), a row being one query of one of the heads that share the KV head, counted query
-// by query. So keys and values are loaded, and widened, once for all rows of a register tile. All arithmetic is float32.
+// A work item is (sequence, KV head, ROWS rows), a row being one query of one of the heads that share the KV head, counted
+// query by query. So keys and values are loaded, and widened, once for all rows of a register tile. All arithmetic is float32.
 
 constexpr int TILE = 64;  // key positions
 constexpr int ROWS = 16;  // rows of a work item
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int LINE = MAX_HEAD_DIM + W;   // floats from row to row of an item; were it a power of two, they would share cache sets
+constexpr int LINE = MAX_HEAD_DIM + W;   // floats from row to row of an item; no power of two: rows would share cache sets
 constexpr int CHAINS = W == 8 ? 8 : 16;  // accumulators of a register tile; AVX2 has 16 registers, the others 32
 
 template <class C> constexpr int PAIR = 1;  // rows that stand together
@@ -814,8 +848,8 @@ static inline void load_rows(const bf16 *p, vf &even, vf &odd) {
     odd = bits_of<vf>(both & 0xffff0000);
 }
 
-// One step of one KV group, as attention/native.py packs it. Behind it stand query_starts [num_rows + 1], context_lens [num_rows],
-// rows of the block table [num_rows], first_items [num_rows + 1], row_of_item [num_items], items counted for one KV head.
+// One step of one KV group, as attention/native.py packs it. Behind it stand query_starts [num_rows + 1], context_lens
+// [num_rows], rows of the block table [num_rows], first_items [num_rows + 1], row_of_item [num_items], items of one KV head.
 struct Step {
     int64_t num_tokens, num_rows, num_items, num_visits;  // num_visits: keys x queries that may see them
     const int32_t *tables;                                // [.., max_blocks]
@@ -863,8 +897,8 @@ template <int N, class F> static inline void row_groups(int rows, F f) {
 
 // acc[r][n] += a[r * STRIDE_A + i] * (row i of the matrix at b[n], W numbers of it), for i = low .. high - 1 in order.
 template <int R, int N, int STRIDE_A, class C>
-static inline __attribute__((always_inline)) void multiply(const float *a, const C *const *b, int64_t stride_b, int low, int high,
-                                                           vf (&acc)[R][N]) {
+static inline __attribute__((always_inline)) void multiply(const float *a, const C *const *b, int64_t stride_b, int low,
+                                                           int high, vf (&acc)[R][N]) {
     auto add = [&](int i, const vf (&row)[N]) __attribute__((always_inline)) {
         for (int r = 0; r < R; r++)
             for (int n = 0; n < N; n++) acc[r][n] = a[r * STRIDE_A + i] * row[n] + acc[r][n];
@@ -899,8 +933,8 @@ static void score(Rows &rows, const Places<C> &here, const Places<C> &next, int6
         });
 }
 
-// sums += weights times values, for N vectors of channels from `channel` on. Slots that none of a group's rows sees are not used.
-// Meanwhile the next tile's values are fetched.
+// sums += weights times values, for N vectors of channels from `channel` on. Slots that none of a group's rows sees are not
+// used. Meanwhile the next tile's values are fetched.
 template <int N, class C>
 static void add_values(Rows &rows, const Places<C> &here, const Places<C> &next, int64_t head_dim, int64_t channel) {
     row_groups<N>(rows.count, [&](auto group, int r) {
@@ -979,16 +1013,18 @@ static void visit(const Step &step, const Item &item, Rows &rows, const Places<C
 static inline Item item_at(const Step &step, int64_t index) {  // of all KV heads' items
     const int64_t *starts = (const int64_t *)(&step + 1), *contexts = starts + step.num_rows + 1;
     const int64_t *table_rows = contexts + step.num_rows, *first_items = table_rows + step.num_rows;
-    const int64_t i = first_items[step.num_rows + 1 + index / step.num_kv_heads], num_items = first_items[i + 1] - first_items[i];
-    const int64_t nth = index - first_items[i] * step.num_kv_heads, num_queries = starts[i + 1] - starts[i];
-    const int64_t group = step.num_heads / step.num_kv_heads, first = (num_items - 1 - nth % num_items) * ROWS;  // longest first
-    const int64_t count = std::min<int64_t>(ROWS, num_queries * group - first);
-    return {step.tables + table_rows[i] * step.max_blocks, nth / num_items, first, count, starts[i], contexts[i] - num_queries, group};
+    const int64_t i = first_items[step.num_rows + 1 + index / step.num_kv_heads];
+    const int64_t num_items = first_items[i + 1] - first_items[i], nth = index - first_items[i] * step.num_kv_heads;
+    const int64_t group = step.num_heads / step.num_kv_heads, num_queries = starts[i + 1] - starts[i];
+    const int64_t first = (num_items - 1 - nth % num_items) * ROWS;  // the longest first
+    return {step.tables + table_rows[i] * step.max_blocks, nth / num_items, first,
+            std::min<int64_t>(ROWS, num_queries * group - first), starts[i], contexts[i] - num_queries, group};
 }
 
-// The tile at `at` for rows that see positions low .. high; a vector of slots outside has no block and gets a neighbour's place.
+// The tile at `at` for rows that see positions low .. high; a vector of slots outside may have no block and gets a neighbour's
+// place.
 template <class C>
-static inline Places<C> locate(const Step &step, const Item &item, int64_t at, int64_t low, int64_t high, const C *k, const C *v) {
+static Places<C> locate(const Step &step, const Item &item, int64_t at, int64_t low, int64_t high, const C *k, const C *v) {
     Places<C> places;
     for (int i = 0; i < TILE / W; i++) {
         const int64_t position = std::min(std::max(at + i * W, low / W * W), high / W * W), offset = position % step.block_size;
@@ -1024,7 +1060,8 @@ template <class T, class C> static void keep_token(const Layer &layer, int64_t t
         store(key + d, load(k + d));
         store(value + d, load(v + d));
     }
-    for (int64_t d = 0; d < head_dim; d += PAIR<C>) std::memcpy((void *)(keys + d * block_size), (void *)(key + d), PAIR<C> * sizeof(C));
+    for (int64_t d = 0; d < head_dim; d += PAIR<C>)
+        std::memcpy((void *)(keys + d * block_size), (const void *)(key + d), PAIR<C> * sizeof(C));
     for (int64_t d = 0; d < head_dim; d++) values[d * PAIR<C>] = value[d];
 }
 
@@ -1066,19 +1103,16 @@ template <class T, class C> static void attend(const Layer &layer, const Item &i
 extern "C" void attention(const Layer *layer) {
     const Step &step = *layer->step;
     const int64_t heads = step.num_kv_heads, num_items = step.num_items * heads;
-    const bool little = step.num_visits * step.num_heads * step.head_dim * 4 / W < 2 * PART_CYCLES;
-    const int64_t at_once = little ? num_items : std::min<int64_t>(4, num_items / 6 + 1);  // a thread knows what it will do next
     with_type(step.kind, [&](auto one) {
         with_type(step.kv_kind, [&](auto kv) {
             share_rows(step.num_tokens * heads, step.num_tokens * heads * step.head_dim * 3, [&](int64_t i) {
                 keep_token<decltype(one), decltype(kv)>(*layer, i / heads, i % heads);
             });
-            auto some = [&](int64_t part) {
-                const int64_t end = std::min((part + 1) * at_once, num_items);
-                for (int64_t i = part * at_once; i < end; i++)
+            share(step.num_visits * step.num_heads * step.head_dim * 4 / W, [&](int64_t part, int64_t parts) {
+                const int64_t end = num_items * (part + 1) / parts;
+                for (int64_t i = num_items * part / parts; i < end; i++)
                     attend<decltype(one), decltype(kv)>(*layer, item_at(step, i), item_at(step, std::min(i + 1, end - 1)));
-            };
-            pool.run((num_items + at_once - 1) / at_once, some);
+            });
         });
     });
 }

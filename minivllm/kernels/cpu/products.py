@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from minivllm.kernels.cpu.library import KINDS, NativeLibrary
 from minivllm.kernels.matrix import Matrix
@@ -31,27 +30,19 @@ class Products:
     def __init__(self, library: NativeLibrary) -> None:
         self._panel: int = library.panel_width()
         self._words = Struct("13q").pack  # a ``Product`` of native.cpp; thirteen arguments take twice as long
-        self._linear, self._lookup, self._prefer_huge_pages = library.linear, library.lookup, library.prefer_huge_pages
+        self._pack, self._linear, self._lookup = library.pack, library.linear, library.lookup
 
     def pack(self, values: Tensor, scales: Tensor | None) -> Matrix:
         """See ``reference.pack``. The copy is the caller's only one once it lets go of ``values``."""
-        num_out, num_in = values.shape
-        panel, step = self._panel, STEPS[values.dtype]
-        num_panels, num_steps = -(-num_out // panel), -(-num_in // step)
-        whole = F.pad(values, (0, num_steps * step - num_in)).contiguous()
-        packed = torch.empty((num_panels, num_steps, panel, step), dtype=values.dtype)
-        self._prefer_huge_pages(packed.data_ptr(), packed.nbytes)
-        # A step is one word to a copy that only moves it.
-        word = torch.int16 if packed.dtype == torch.float16 else torch.int32
-        rows, panels = whole.view(word), packed.view(word).view(num_panels, num_steps, panel)
-        full = num_out // panel
-        panels[:full] = rows[: full * panel].view(full, panel, num_steps).transpose(1, 2)
-        if full < num_panels:
-            panels[full:] = F.pad(rows[full * panel :], (0, 0, 0, num_panels * panel - num_out)).t()
+        (num_out, num_in), step = values.shape, STEPS[values.dtype]
+        values, num_panels = values.contiguous(), -(-num_out // self._panel)
+        packed = torch.empty((num_panels, -(-num_in // step), self._panel, step), dtype=values.dtype)
+        pointers = (values.data_ptr(), packed.data_ptr())
         if scales is None:
+            self._pack(*pointers, None, num_out, num_in, KINDS[values.dtype])
             return Matrix(packed, num_out, num_in)
-        sums = torch.zeros(num_panels * panel, dtype=torch.int32)
-        sums[:num_out] = values.sum(1, dtype=torch.int32)
+        sums = torch.empty(num_panels * self._panel, dtype=torch.int32)
+        self._pack(*pointers, sums.data_ptr(), num_out, num_in, INT8)
         return Matrix(packed, num_out, num_in, scales.contiguous(), sums)
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
