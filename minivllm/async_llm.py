@@ -1,15 +1,21 @@
 """``AsyncLLM``: what the server holds. Requests in, text out, for many callers in one event loop.
 
-One task (``run``) reads the engine's messages, turns tokens into text and puts it into each request's outbox. An outbox holds
-one merged output, not a queue: a reader that lags gets more text in one piece, and costs no more memory than its text.
+One task (``run``) reads the engine's messages, turns tokens into text and puts it into the callers' mailboxes. A mailbox holds
+one merged output a request, not a queue: a reader that lags gets more text in one piece.
+
+Waking a reader costs the same for one token as for ten (a task switch, a chunk of JSON, a write to a socket, and as much again
+at the client), so when many streams run on few cores, tokens may travel together: ``Pacer`` says when. The first token of a
+request and its end never wait.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -22,56 +28,174 @@ from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
+SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
+LARGEST_SHARE = 0.5  # of the one core that the event loop has
+LONGEST_WAIT_S = 0.05  # of a token for its delivery; a reader does not see less
+MOST_UNMERGED = 64  # outputs that wait for a reader; so one that never reads costs little more than its text and its tokens
+
 log = logging.getLogger("minivllm")
 
 
-class _Outbox:
-    """New output of one request that its reader has not taken yet. Written by ``AsyncLLM.run``, emptied by the reader."""
+@dataclass(frozen=True)
+class Order:
+    """One sequence that a caller wants."""
 
-    def __init__(self) -> None:
-        self._ready = asyncio.Event()
-        self._output: RequestOutput | None = None
+    id: str
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Pacer:
+    """When text that can wait goes out. Written by ``AsyncLLM`` alone.
+
+    A round of deliveries and all that the event loop does until the next one may take ``share`` of a core's time: after 1 ms of
+    work at a share of 0.1 the next round begins 10 ms after the last one began, at most ``LONGEST_WAIT_S``. So few streams are
+    never held up (their rounds cost less than a step of the model takes), and many streams get fewer, larger pieces instead
+    of taking the cores away from the model. A loop that is behind gets behind no further.
+    """
+
+    def __init__(
+        self, share: float, clock: Callable[[], float] = time.monotonic, cpu_clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._share = share
+        self._clock = clock
+        self._cpu_clock = cpu_clock
+        self._began_s = -LONGEST_WAIT_S
+        self._cpu_s = 0.0  # the loop's CPU clock when the last round began
+
+    def wait_s(self) -> float:
+        """How long until the next round may begin; 0 or less: it may."""
+        gap_s = (self._cpu_clock() - self._cpu_s) / self._share
+        return self._began_s + min(gap_s, LONGEST_WAIT_S) - self._clock()
+
+    def begin(self) -> None:
+        """A round begins."""
+        self._began_s, self._cpu_s = self._clock(), self._cpu_clock()
+
+
+def merged(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Consecutive outputs of one request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    token_ids = tuple([token_id for output in outputs for token_id in output.token_ids])
+    return msgspec.structs.replace(outputs[-1], text="".join([o.text for o in outputs]), token_ids=token_ids)
+
+
+class Mailbox:
+    """What came for one caller's requests and was not taken yet. Filled by ``AsyncLLM``, emptied by one task of the caller.
+
+    A context manager: leaving it ends what still runs.
+    """
+
+    def __init__(self, ids: Sequence[str], on_close: Callable[[Sequence[str], Sequence[str]], None]) -> None:
+        self._ids = ids
+        self._running = {request_id: index for index, request_id in enumerate(ids)}
+        self._ready: dict[int, list[RequestOutput]] = {}
         self._error: GenerationFailed | None = None
+        self._patient = False  # the caller wants everything or nothing
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_close = on_close
 
-    def put(self, output: RequestOutput) -> None:
-        """Add output to what waits already."""
-        waiting = self._output
-        if waiting is not None:
-            output = msgspec.structs.replace(
-                output, text=waiting.text + output.text, token_ids=waiting.token_ids + output.token_ids
-            )
-        self._output = output
-        self._ready.set()
+    def __enter__(self) -> "Mailbox":
+        """The mailbox."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let nothing more come."""
+        self._on_close(self._ids, list(self._running))
+
+    @property
+    def more(self) -> bool:
+        """False when the end of every request was taken."""
+        return bool(self._running or self._ready) or self._error is not None
+
+    def put(self, output: RequestOutput) -> bool:
+        """Add output of one of the requests. True: it should not wait, since it is the first or the last."""
+        reason = output.finish_reason
+        if reason is None:
+            index = self._running[output.id]
+        else:
+            index = self._running.pop(output.id)
+            if reason == "error":
+                self._error = GenerationFailed(output.error or "The engine could not compute this request; try it again.")
+                return True
+        unread = self._ready.get(index)
+        if unread is None:
+            self._ready[index] = [output]
+        else:
+            unread.append(output)
+            if len(unread) >= MOST_UNMERGED:
+                unread[:] = [merged(unread)]
+        return reason is not None or output.num_output == len(output.token_ids)
 
     def fail(self, error: GenerationFailed) -> None:
         """Nothing more will come."""
-        self._error = error
-        self._ready.set()
+        self._error = self._error or error
+        self.wake()
 
-    async def take(self) -> RequestOutput:
-        """Everything that is there, waiting until there is something. Raises what ``fail`` was given."""
-        await self._ready.wait()
-        if self._output is None and self._error is not None:
+    def wake(self) -> None:
+        """Let the reader take what there is, if it waits for that."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._error is not None or (self._ready and not (self._patient and self._running)):
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return when there is something to take."""
+        if not self._ready and self._error is None:
+            await self._woken()
+
+    async def _woken(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def take(self) -> list[tuple[int, RequestOutput]]:
+        """Everything that is there, merged to one output a request, each with its request's place in the order.
+
+        Raises what went wrong once everything that came before was taken.
+        """
+        ready, self._ready = self._ready, {}
+        if not ready and self._error is not None:
             raise self._error
-        output, self._output = self._output, None
-        if self._error is None:
-            self._ready.clear()
-        if output is None:
-            raise RuntimeError("an outbox was ready but empty")
-        return output
+        return [(index, merged(outputs)) for index, outputs in ready.items()]
+
+    async def whole(self) -> list[RequestOutput]:
+        """Wait until every request has ended: their outputs in the order of the requests. Raises what went wrong with one."""
+        self._patient = True
+        while self._running and self._error is None:
+            await self._woken()
+        if self._error is not None:
+            raise self._error
+        return [output for _, output in sorted(self.take(), key=lambda taken: taken[0])]
+
+
+def _share(device: str) -> float:
+    """What deliveries may take of the event loop's core: little of it where the model wants the same cores."""
+    return LARGEST_SHARE if device != "cpu" else min(LARGEST_SHARE, SHARE_OF_CORES * (os.cpu_count() or 1))
 
 
 class AsyncLLM:
     """The engine for an event loop. Written by that loop alone; ``run`` must be running as a task."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, config: Config, metrics: Metrics) -> None:
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, config: Config, metrics: Metrics, pacer: Pacer | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metrics
         self.alive = True
         self._client = client
         self._outputs = OutputProcessor(tokenizer)
-        self._outboxes: dict[str, _Outbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._pacer = pacer or Pacer(_share(client.info.device))
+        self._held: set[Mailbox] = set()  # with text that waits for the next round
+        self._round: asyncio.TimerHandle | None = None
         self._seeds = random.Random(config.model.seed)
 
     @property
@@ -81,8 +205,8 @@ class AsyncLLM:
 
     @property
     def num_open(self) -> int:
-        """Requests that are not finished."""
-        return len(self._outboxes)
+        """Requests that are not finished, or whose reader has not finished."""
+        return len(self._mailboxes)
 
     async def run(self) -> None:
         """Bring the engine's outputs to their readers until the engine ends; then every reader gets ``EngineDead``."""
@@ -94,15 +218,60 @@ class AsyncLLM:
                 outputs, to_abort = self._outputs.process(message.events)
                 if to_abort:
                     self._client.abort(to_abort)
-                for output in outputs:
-                    if (outbox := self._outboxes.get(output.id)) is not None:
-                        outbox.put(output)
+                self._deliver(outputs)
         except EngineDead:
             log.error("the engine process has ended")
         finally:
             self.alive = False
-            for outbox in self._outboxes.values():
-                outbox.fail(EngineDead())
+            self._wake_held()
+            for mailbox in set(self._mailboxes.values()):
+                mailbox.fail(EngineDead())
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Put outputs into their mailboxes, and wake the readers that are to take them now."""
+        mailboxes, held = self._mailboxes, self._held
+        for output in outputs:
+            mailbox = mailboxes[output.id]
+            if mailbox.put(output):
+                mailbox.wake()
+            else:
+                held.add(mailbox)
+        if held and self._round is None:
+            wait_s = self._pacer.wait_s()
+            if wait_s <= 0:
+                self._wake_held()
+            else:
+                self._round = asyncio.get_running_loop().call_later(wait_s, self._wake_held)
+
+    def _wake_held(self) -> None:
+        """A round: whoever has text takes it."""
+        if self._round is not None:
+            self._round.cancel()
+            self._round = None
+        self._pacer.begin()
+        for mailbox in self._held:
+            mailbox.wake()
+        self._held.clear()
+
+    def open(self, orders: Sequence[Order]) -> Mailbox:
+        """Generate for all of these, or for none: raises a ``RequestError`` subclass when one is refused."""
+        requests: dict[str, GenerateRequest] = {}
+        for order in orders:
+            requests[order.id] = self._accept(order, requests)
+        mailbox = Mailbox(tuple(requests), self._close_mailbox)
+        for request in requests.values():
+            self._mailboxes[request.id] = mailbox
+            self._outputs.add(request.id, request.prompt_ids, request.sampling)
+            self._client.add(request)
+        return mailbox
+
+    def _close_mailbox(self, ids: Sequence[str], running: Sequence[str]) -> None:
+        """Forget requests; ``running`` are those that the engine has not ended."""
+        for request_id in ids:
+            self._held.discard(self._mailboxes.pop(request_id))
+            self._outputs.drop(request_id)
+        if running and self.alive:
+            self._client.abort(running)
 
     async def generate(
         self,
@@ -118,42 +287,29 @@ class AsyncLLM:
         Closing or cancelling the generator ends the request in the engine. Raises ``RequestError`` subclasses: before the first
         output for a request that is refused, later when the engine could not finish it.
         """
-        request = self._accept(request_id, prompt_ids, sampling, priority, cache_salt)
-        outbox = self._outboxes[request.id] = _Outbox()
-        self._outputs.add(request.id, request.prompt_ids, request.sampling)
-        self._client.add(request)
-        finished = False
-        try:
-            while not finished:
-                output = await outbox.take()
-                finished = output.finish_reason is not None
-                if output.finish_reason == "error":
-                    raise GenerationFailed(output.error or "The engine could not compute this request; try it again.")
-                yield output
-        finally:
-            del self._outboxes[request.id]
-            self._outputs.drop(request.id)
-            if not finished and self.alive:
-                self._client.abort([request.id])
+        with self.open([Order(request_id, prompt_ids, sampling, priority, cache_salt)]) as mailbox:
+            while mailbox.more:
+                await mailbox.wait()
+                for _, output in mailbox.take():
+                    yield output
 
-    def _accept(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int, cache_salt: str
-    ) -> GenerateRequest:
-        """The request as the engine takes it, or the ``RequestError`` why not."""
+    def _accept(self, order: Order, others: dict[str, GenerateRequest]) -> GenerateRequest:
+        """The request as the engine takes it, or the ``RequestError`` why not. ``others`` were accepted with it."""
         if not self.alive:
             raise EngineDead
-        if self.num_open >= self.config.server.max_waiting_requests:
+        if self.num_open + len(others) >= self.config.server.max_waiting_requests:
             raise ServerOverloaded
-        if request_id in self._outboxes:
+        if order.id in self._mailboxes or order.id in others:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
-        check_prompt(prompt_ids, self.info.vocab_size)
+        check_prompt(order.prompt_ids, self.info.vocab_size)
+        num_prompt = len(order.prompt_ids)
         return GenerateRequest(
-            id=request_id,
-            prompt_ids=tuple(prompt_ids),
-            sampling=settle(sampling, len(prompt_ids), self.info.max_model_len, self._seeds.getrandbits(63)),
+            id=order.id,
+            prompt_ids=tuple(order.prompt_ids),
+            sampling=settle(order.sampling, num_prompt, self.info.max_model_len, self._seeds.getrandbits(63)),
             arrival_s=time.monotonic(),
-            priority=priority,
-            cache_salt=cache_salt,
+            priority=order.priority,
+            cache_salt=order.cache_salt,
         )
 
     async def close(self) -> None:

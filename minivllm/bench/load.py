@@ -1,21 +1,22 @@
 """The load generator of ``bench serve``: many streamed completions against a running server, at a chosen pace.
 
 Arrivals do not wait for answers (an open loop) unless ``max_concurrency`` bounds them: a server that falls behind shows it as
-waiting time instead of slowing its own clients down. Times are taken here, at the client.
+waiting time instead of slowing its own clients down. Times are taken here, at the client: when an event's bytes came. What
+the events hold is read when their stream has ended, since the generator often shares its cores with the server.
 """
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from minivllm.bench.client import RequestFailed, stream_events
+from minivllm.bench.client import RequestFailed, record_events
 from minivllm.bench.workload import Item
 
 
@@ -76,6 +77,27 @@ class Outcome:
         return (self.latency_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
 
 
+class _Choice(msgspec.Struct, gc=False):
+    """What is read of one."""
+
+    text: str | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    """What is read of it."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    """What is read of a streamed event."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: dict[str, Any] | str | None = None
+
+
 async def ask(target: Target, item: Item) -> Outcome:
     """Send one request, read its stream to the end, and return what was measured. A failure is an outcome too."""
     outcome = Outcome(num_input=len(item.prompt) if isinstance(item.prompt, tuple) else 0)
@@ -88,47 +110,45 @@ async def ask(target: Target, item: Item) -> Outcome:
         **target.extra,
     }
     outcome.start_s = time.perf_counter()
+    events: list[tuple[float, bytes]] = []
+    failure: RequestFailed | None = None
     try:
-        async with aclosing(_chunks(target, body)) as chunks:
-            async for chunk in chunks:
-                _take(outcome, chunk, time.perf_counter())
-        if not outcome.chunk_times_s:
-            outcome.error = "The stream ended without a token."
-    except RequestFailed as failure:
-        outcome.error = str(failure)
+        await record_events(target.url, body, target.headers, events)
+    except RequestFailed as broken:
+        failure = broken
+    outcome.error = _read(outcome, events, str(failure or "The stream ended without [DONE]."))
     return outcome
 
 
-async def _chunks(target: Target, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """The JSON chunks of one stream, up to ``[DONE]``. Raises ``RequestFailed`` when the stream ends without it."""
-    async with aclosing(stream_events(target.url, body, target.headers)) as events:
-        async for event in events:
-            if event == "[DONE]":
-                return
-            try:
-                chunk = json.loads(event)
-            except ValueError:
-                raise RequestFailed(f"The stream held an event that is not JSON: {event[:80]!r}.") from None
-            if error := chunk.get("error"):
-                raise RequestFailed(str(error.get("message", error) if isinstance(error, dict) else error))
-            yield chunk
-    raise RequestFailed("The stream ended without [DONE].")
-
-
-def _take(outcome: Outcome, chunk: Mapping[str, Any], now_s: float) -> None:
-    """Add one chunk's time and text; usage, which comes last, holds the exact token counts."""
-    if choices := chunk.get("choices"):
-        if outcome.chunk_times_s:
-            outcome.itl_s.append(now_s - outcome.chunk_times_s[-1])
-        else:
-            outcome.ttft_s = now_s - outcome.start_s
-        outcome.chunk_times_s.append(now_s)
-        outcome.latency_s = now_s - outcome.start_s
-        outcome.text += choices[0].get("text") or ""
-        outcome.num_output = len(outcome.chunk_times_s)  # until usage says better
-    if usage := chunk.get("usage"):
-        outcome.num_input = usage.get("prompt_tokens", outcome.num_input)
-        outcome.num_output = usage.get("completion_tokens", outcome.num_output)
+def _read(outcome: Outcome, events: Sequence[tuple[float, bytes]], failure: str) -> str:
+    """Take times, text and counts from a stream's events; returns what went wrong: ``failure`` unless ``[DONE]`` came."""
+    decode = msgspec.json.Decoder(_Chunk).decode
+    texts: list[str] = []
+    for came_s, event in events:
+        if event == b"[DONE]":
+            failure = "" if outcome.chunk_times_s else "The stream ended without a token."
+            break
+        try:
+            chunk = decode(event)
+        except msgspec.DecodeError:
+            failure = f"The stream held an event that is not a chunk of JSON: {event[:80]!r}."
+            break
+        if chunk.error:
+            failure = str(chunk.error.get("message", chunk.error) if isinstance(chunk.error, dict) else chunk.error)
+            break
+        if chunk.choices:
+            texts.append(chunk.choices[0].text or "")
+            outcome.chunk_times_s.append(came_s)
+        if usage := chunk.usage:
+            outcome.num_input = outcome.num_input if usage.prompt_tokens is None else usage.prompt_tokens
+            outcome.num_output = outcome.num_output if usage.completion_tokens is None else usage.completion_tokens
+    outcome.text = "".join(texts)
+    if times_s := outcome.chunk_times_s:
+        outcome.ttft_s = times_s[0] - outcome.start_s
+        outcome.latency_s = times_s[-1] - outcome.start_s
+        outcome.itl_s = [later - earlier for earlier, later in pairwise(times_s)]
+        outcome.num_output = outcome.num_output or len(times_s)  # where no usage came
+    return failure
 
 
 async def run_load(

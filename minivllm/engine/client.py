@@ -13,6 +13,7 @@ from minivllm.engine.ipc import Abort, Add, Failed, FrameReader, FromEngine, Sta
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 _STOP_TIMEOUT_S = 5.0
+READ_BYTES = 1 << 18  # at once: some messages of a large step, and not so many that one round of reading takes long
 
 
 class EngineClient(Protocol):
@@ -155,7 +156,7 @@ class ProcessClient:
     async def _next(self) -> object:
         while not self._inbox:
             try:
-                data = await self._reader.read(1 << 16)
+                data = await self._reader.read(READ_BYTES)
             except ConnectionResetError:
                 data = b""
             if not data:

@@ -14,27 +14,56 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol
 
 from minivllm import errors
 from minivllm.config import Config
-from minivllm.engine.client import ProcessClient
+from minivllm.engine.client import READ_BYTES, ProcessClient
 from minivllm.engine.ipc import Abort, Add, Failed, FrameReader, Start, Stop, ToEngine, encode
-from minivllm.types import EngineInfo, EngineOutput, TokenEvent
+from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
+PROGRAM: Final = ("-m", "minivllm.engine.process")  # what Python runs in the child; the socket's number is appended
 _SOCKET_BUFFER_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
 
-async def start_engine(config: Config) -> ProcessClient:
+class Steps(Protocol):
+    """What the child's loop drives: ``engine.Engine``, or something in its place that measures what is around it."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was settled on at start."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """True while ``step`` has something to do."""
+        ...
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request; raises ``RequestError`` for one that can never run."""
+        ...
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End requests."""
+        ...
+
+    def step(self) -> EngineOutput | None:
+        """Go on by a step. None: nothing to say yet."""
+        ...
+
+
+async def start_engine(config: Config, program: Sequence[str] = PROGRAM) -> ProcessClient:
     """Start an engine process and wait until it is ready. Raises the ``StartupError`` that it met."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-    command = [sys.executable, "-m", "minivllm.engine.process", str(theirs.fileno())]
+    command = [sys.executable, *program, str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
-    reader, writer = await asyncio.open_connection(sock=ours)
+    reader, writer = await asyncio.open_connection(sock=ours, limit=READ_BYTES)
     client = ProcessClient(process, reader, writer)
     try:
         await client.start(config)
@@ -47,8 +76,9 @@ async def start_engine(config: Config) -> ProcessClient:
 class EngineServer:
     """The child's loop: requests from the socket, steps, outputs back. Written by the child's only thread."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, build: Callable[[Config], Steps]) -> None:
         self._sock = sock
+        self._build = build
         self._frames = FrameReader(ToEngine)  # type: ignore[arg-type]
         self._open = True
 
@@ -58,10 +88,8 @@ class EngineServer:
         if config is None:
             return 0
         _set_up_logging(config)
-        from minivllm.engine.build import build_engine  # torch is imported here, in the child only
-
         try:
-            engine = build_engine(config)
+            engine = self._build(config)
         except errors.StartupError as error:
             self._send(Failed(type(error).__name__, str(error)))
             return error.exit_code
@@ -118,12 +146,24 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main() -> int:
-    """Entry of the child: ``python -m minivllm.engine.process FD``."""
+def serve_steps(descriptor: int, build: Callable[[Config], Steps]) -> int:
+    """Be the child: serve what ``build`` makes over an inherited socket until it closes. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
-    return EngineServer(socket.socket(fileno=int(sys.argv[1]))).run()
+    return EngineServer(socket.socket(fileno=descriptor), build).run()
+
+
+def _build_engine(config: Config) -> Steps:
+    """The real engine; torch is imported here, in the child only."""
+    from minivllm.engine.build import build_engine
+
+    return build_engine(config)
+
+
+def main() -> int:
+    """Entry of the child: ``python -m minivllm.engine.process FD``."""
+    return serve_steps(int(sys.argv[1]), _build_engine)
 
 
 if __name__ == "__main__":

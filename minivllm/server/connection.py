@@ -13,11 +13,12 @@ import asyncio
 from typing import Any, Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
 from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow
 from minivllm.server.replies import error_body
+from minivllm.server.sse import SEND_CHUNK, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
@@ -29,6 +30,20 @@ _NEEDED: Final = (
 )  # fmt: skip
 if missing := [name for name in _NEEDED if not callable(getattr(HttpToolsProtocol, name, None))]:
     raise ImportError(f"uvicorn {uvicorn.__version__} has no HttpToolsProtocol.{missing[0]}; install uvicorn 0.54.")
+
+
+def chunk_sender(cycle: RequestResponseCycle) -> SendChunk:
+    """What writes a part of a chunked reply that has begun: uvicorn's ``send`` without the cases that cannot occur then, and
+    without the application's layers, which look at a reply's beginning alone. Waits while the client does not read."""
+    flow, write = cycle.flow, cycle.transport.write
+
+    async def send_chunk(part: bytes) -> None:
+        if flow.write_paused and not cycle.disconnected:
+            await flow.drain()
+        if not cycle.disconnected:
+            write(b"%x\r\n%b\r\n" % (len(part), part))
+
+    return send_chunk
 
 
 class Connection(HttpToolsProtocol):
@@ -108,6 +123,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(MalformedBody(f"At most {MAX_PIPELINED} requests may wait on one connection."))
         if not self._refused:
             super().on_headers_complete()
+            self.scope["extensions"] = {SEND_CHUNK: {"send": chunk_sender(self.cycle)}}
             if self.parser.should_upgrade():  # nothing else is spoken here, and what follows would not be parsed
                 self.cycle.keep_alive = False
 

@@ -3,24 +3,36 @@ r"""Server-sent events: how events are written, and the response that streams th
 An event is ``data: <text>`` lines and an empty line. A line break inside the text would end the line, so the text is cut at
 LF, CR and CRLF and each part gets its own ``data:``; a client joins the parts with LF. CR and CRLF therefore arrive as LF.
 
-The response waits a moment for the first event before it sends its status line: an error at the door (prompt too long,
-queue full) still has its own status then. After the status line an error can only be an event. Slow readers cost no
-memory: ``send`` waits while the socket's buffer is full, nobody asks the generator for more meanwhile, and ``AsyncLLM``
-merges what the engine makes into one piece.
+The response waits a moment for the first text before it sends its status line: an error at the door (prompt too long,
+queue full) still has its own status then. After the status line an error can only be an event. A slow reader costs no more
+memory than its answer: ``send`` waits while the socket's buffer is full, nobody takes from the mailbox meanwhile, and what the
+engine makes is merged there.
+
+This is the path that every token takes, so it is short: one task a reply, which sleeps until its mailbox has something, and
+one write for all that is there.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from minivllm.async_llm import Order
 from minivllm.errors import GenerationFailed, RequestError
-from minivllm.server.drain import ClientGone, Drain
+from minivllm.server.drain import ClientGone
+from minivllm.server.replies import encode
+from minivllm.server.serving import Serving
+from minivllm.types import RequestOutput
 
+SEND_CHUNK: Final = "minivllm.send_chunk"  # extension of the ASGI scope: "send" is a ``SendChunk`` of the connection itself
 STATUS_AFTER_S = 1.0  # a request that is still queued then gets its 200 before its first token
+SendChunk = Callable[[bytes], Awaitable[None]]  # of a reply that has begun; never empty
+MARK: Final = "\0text\0"
 DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger("minivllm.server")
 
@@ -37,27 +49,59 @@ def text_event(text: str, event: str | None = None) -> bytes:
     return (head + "".join(f"data: {line}\n" for line in lines) + "\n").encode()
 
 
-class EventStream(Response):
-    """Streams what ``events`` yields; ``fail`` makes the last bytes of a stream that breaks.
+class TextEvents:
+    """Events of JSON that differ in one text alone. The rest is encoded once: ``sample`` is a chunk with ``MARK`` as its text,
+    behind everything that a user can name."""
 
-    Closes ``events`` in every case: at its end, on an error, when the client goes away and when the server stops.
+    def __init__(self, sample: msgspec.Struct) -> None:
+        before, _, after = encode(sample).rpartition(encode(MARK))
+        self._before = b"data: " + before
+        self._after = after + b"\n\n"
+
+    def event(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + encode(text) + self._after
+
+
+class Script(Protocol):
+    """How one route writes its events. Made for one reply, and may remember what it wrote."""
+
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """The events for new output of one of the reply's choices; may be nothing."""
+        ...
+
+    def end(self) -> bytes:
+        """The last events of a reply that is whole."""
+        ...
+
+    def failure(self, error: RequestError) -> bytes:
+        """The last events of one that broke."""
+        ...
+
+
+class EventStream(Response):
+    """Generates for ``orders`` and streams what ``script`` writes of it.
+
+    What still runs is ended in every case: at the end, on an error, when the client goes away and when the server stops.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], fail: Callable[[RequestError], bytes], drain: Drain) -> None:
+    def __init__(self, serving: Serving, orders: Sequence[Order], script: Script) -> None:
         super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]  # not known
-        self._events = events
-        self._fail = fail
-        self._drain = drain
+        self._serving = serving
+        self._orders = orders
+        self._script = script
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end. Raises a ``RequestError`` only before the first byte, so that it can still have its status."""
         error: RequestError
+        extension = scope.get("extensions", {}).get(SEND_CHUNK)
+        send_chunk = _through(send) if extension is None else extension["send"]
         try:
-            await self._drain.run(self._stream(send), receive)
+            await self._serving.drain.run(self._stream(send, send_chunk), receive)
             return
         except ClientGone:
             return
@@ -70,32 +114,33 @@ class EventStream(Response):
             error = GenerationFailed("The server failed while it streamed this answer; its log says why.")
             if not self._started:
                 raise error from None
-        await send({"type": "http.response.body", "body": self._fail(error)})
+        await send({"type": "http.response.body", "body": self._script.failure(error)})
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, send_chunk: SendChunk) -> None:
         """Status line, every event, end."""
-        async with contextlib.aclosing(self._events) as events:
-            first = asyncio.create_task(_first(events))
-            try:
-                await asyncio.wait({first}, timeout=STATUS_AFTER_S)
-                if first.done():
-                    first.result()  # raises what went wrong at the door
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                self._started = True
-                await _send_chunk(send, await first)
-            finally:
-                first.cancel()
-                await asyncio.wait({first})  # a generator cannot be closed while it runs
-            async for chunk in events:
-                await _send_chunk(send, chunk)
-        await send({"type": "http.response.body", "body": b""})
+        script = self._script
+        with self._serving.llm.open(self._orders) as mailbox:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_AFTER_S):
+                    await mailbox.wait()
+            taken = mailbox.take()  # raises what went wrong at the door
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._started = True
+            while True:
+                events = b"".join([script.piece(index, output) for index, output in taken])
+                if not mailbox.more:
+                    break
+                if events:
+                    await send_chunk(events)
+                await mailbox.wait()
+                taken = mailbox.take()
+        await send({"type": "http.response.body", "body": events + script.end()})
 
 
-async def _send_chunk(send: Send, chunk: bytes) -> None:
-    if chunk:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+def _through(send: Send) -> SendChunk:
+    """Chunks as ASGI has them, where the connection is not ours."""
 
+    async def send_chunk(part: bytes) -> None:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
 
-async def _first(events: AsyncGenerator[bytes]) -> bytes:
-    """The first event, or nothing where there is none."""
-    return await anext(events, b"")
+    return send_chunk

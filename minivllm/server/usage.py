@@ -11,19 +11,17 @@ from minivllm.types import RequestOutput
 
 @dataclass
 class Counts:
-    """Written by the route that follows the choices."""
+    """Written by the route that writes the choices."""
 
-    prompt: dict[int, int] = field(default_factory=dict)  # choice -> tokens
-    output: dict[int, int] = field(default_factory=dict)
+    newest: dict[int, RequestOutput] = field(default_factory=dict)  # of each choice
 
     def see(self, index: int, output: RequestOutput) -> None:
         """Take the counts of a choice's newest output."""
-        self.prompt[index] = output.num_prompt
-        self.output[index] = output.num_output
+        self.newest[index] = output
 
     def usage(self) -> Usage:
         """The sum so far."""
-        prompt, output = sum(self.prompt.values()), sum(self.output.values())
+        prompt, output = (sum(o.num_prompt for o in self.newest.values()), sum(o.num_output for o in self.newest.values()))
         return Usage(prompt, prompt + output, output)
 
 

@@ -87,6 +87,26 @@ class OutputProcessor:
 
 def _advance(state: _Open, event: TokenEvent) -> RequestOutput:
     """Apply one event to its request's state."""
+    if state.stops is None and event.finish_reason is None:  # nearly every event
+        add = state.detokenizer.add
+        token_ids = event.token_ids
+        text = add(token_ids[0]) if len(token_ids) == 1 else "".join([add(token_id) for token_id in token_ids])
+        state.num_output += len(token_ids)
+        if event.num_cached > state.num_cached:
+            state.num_cached = event.num_cached
+        return RequestOutput(
+            id=event.id,
+            text=text,
+            token_ids=token_ids,
+            num_prompt=state.num_prompt,
+            num_output=state.num_output,
+            num_cached=state.num_cached,
+        )
+    return _advance_with_care(state, event)
+
+
+def _advance_with_care(state: _Open, event: TokenEvent) -> RequestOutput:
+    """Apply an event that may be the end: the engine's, or that of a stop string."""
     state.num_cached = max(state.num_cached, event.num_cached)
     finish_reason, stop_reason = event.finish_reason, event.stop_reason
     # The token that ended it (eos or a stop token) counts as output, but its text is shown only on request.

@@ -167,6 +167,38 @@ def test_a_failure_is_an_outcome_that_says_why(script: Script, words: str) -> No
     assert words in outcome.error
 
 
+def test_what_came_before_a_failure_is_kept() -> None:
+    (outcome,), _ = load(break_off, [Item("x", 3)])
+    assert (outcome.text, outcome.num_output, len(outcome.chunk_times_s)) == ("a", 1, 1)
+    assert 0 < outcome.ttft_s == outcome.latency_s
+
+
+async def forget_the_last_chunk(_: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    head(writer)
+    event(writer, {"choices": [{"text": "a"}]})
+    event(writer, "[DONE]")
+
+
+def test_a_connection_may_break_after_the_end() -> None:
+    (outcome,), _ = load(forget_the_last_chunk, [Item("x", 3)])
+    assert outcome.ok
+    assert outcome.num_output == 1
+
+
+async def several_at_once(_: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    head(writer)
+    events = [{"choices": [{"text": f"{i}"}]} for i in range(3)] + [{"choices": [], "usage": {"completion_tokens": 7}}]
+    chunk(writer, b"".join(f"data: {json.dumps(e)}\n\n".encode() for e in events) + b"data: [DONE]\n\n")
+    chunk(writer, b"")
+
+
+def test_events_that_come_together_have_one_time() -> None:
+    (outcome,), _ = load(several_at_once, [Item("x", 3)])
+    assert outcome.ok
+    assert (outcome.text, outcome.num_output) == ("012", 7)
+    assert outcome.itl_s == [0.0, 0.0]
+
+
 def test_max_concurrency_bounds_what_runs() -> None:
     outcomes, fake = load(tokens, [Item("x", 5)] * 12, Pace(max_concurrency=3))
     assert [o.ok for o in outcomes] == [True] * 12

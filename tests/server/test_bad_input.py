@@ -259,7 +259,7 @@ def test_a_fault_of_ours_tells_nothing_of_the_inside(http: httpx.Client, live: L
     def broken(*_: object) -> None:
         raise RuntimeError("secret at /home/somewhere.py")
 
-    monkeypatch.setattr(live.llm, "generate", broken)
+    monkeypatch.setattr(live.llm, "open", broken)
     for path in GENERATING:
         error = refusal(http.post(path, json=GOOD[path]), 500)
         assert "secret" not in error["message"]

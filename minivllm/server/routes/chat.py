@@ -1,13 +1,13 @@
 """POST /v1/chat/completions: the next message of a conversation, written with the model's own chat template."""
 
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from minivllm.async_llm import Order
+from minivllm.errors import RequestError
 from minivllm.server.protocol import CHAT, ChatBody, messages_of, sampling_of
 from minivllm.server.replies import (
     ChatChoice,
@@ -23,8 +23,8 @@ from minivllm.server.replies import (
     json_response,
     new_id,
 )
-from minivllm.server.serving import Serving, follow, read_json, serving
-from minivllm.server.sse import DONE, EventStream, json_event
+from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.usage import Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
@@ -38,14 +38,15 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, CHAT)
     head = Head(new_id("chatcmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
-    stream = await _start(s, body, head.id)
+    order = await _order(s, body, head.id)
     if body.stream:
-        return EventStream(_events(stream, head, usage), stream_failure, s.drain)
-    return json_response(await s.drain.run(_whole(stream, head), request.receive))
+        return EventStream(s, [order], _Script(head, usage))
+    (output,) = await s.whole([order], request)
+    return json_response(_whole(output, head))
 
 
-async def _start(s: Serving, body: ChatBody, request_id: str) -> AsyncIterator[RequestOutput]:
-    """The generator of the answer."""
+async def _order(s: Serving, body: ChatBody, request_id: str) -> Order:
+    """What is to be generated as the answer."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
     sampling = sampling_of(body)
@@ -56,49 +57,55 @@ async def _start(s: Serving, body: ChatBody, request_id: str) -> AsyncIterator[R
         continue_final_message=goes_on,
     )
     ids = await s.encode(text, bool(body.add_special_tokens))
-    return s.start(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
+    return s.order(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
 
 
-async def _whole(stream: AsyncIterator[RequestOutput], head: Head) -> ChatCompletion:
-    """Wait for the whole answer."""
-    texts: list[str] = []
+def _whole(output: RequestOutput, head: Head) -> ChatCompletion:
+    """The reply that holds the answer."""
     counts = Counts()
-    choice: ChatChoice | None = None
-    async with contextlib.aclosing(follow([stream])) as outputs:
-        async for _, output in outputs:
-            texts.append(output.text)
-            counts.see(0, output)
-            if output.finish_reason is not None:
-                choice = ChatChoice(0, ChatMessage("".join(texts)), output.finish_reason, output.stop_reason)
-    return ChatCompletion(
-        id=head.id, created=head.created, model=head.model, choices=() if choice is None else (choice,), usage=counts.usage()
-    )
+    counts.see(0, output)
+    choice = ChatChoice(0, ChatMessage(output.text), output.finish_reason, output.stop_reason)
+    return ChatCompletion(id=head.id, created=head.created, model=head.model, choices=(choice,), usage=counts.usage())
 
 
-async def _events(stream: AsyncIterator[RequestOutput], head: Head, usage: StreamUsage) -> AsyncGenerator[bytes]:
+class _Script:
     """The role, then a chunk for each piece of text, then one with the finish reason."""
-    counts = Counts()
 
-    def chunk(choice: ChunkChoice | LastChunkChoice | None) -> bytes:
-        told: Usage | None = counts.usage() if usage.each or choice is None else None
+    def __init__(self, head: Head, usage: StreamUsage) -> None:
+        self._head = head
+        self._usage = usage
+        self._counts = Counts()
+        self._begun = False
+        sample = ChatChunk(id=head.id, created=head.created, model=head.model, choices=(ChunkChoice(0, Delta(None, MARK)),))
+        self._pieces = TextEvents(sample)
+
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """Up to three chunks."""
+        self._counts.see(index, output)
+        parts: list[bytes] = []
+        if not self._begun:
+            parts.append(self._chunk(ChunkChoice(index, Delta("assistant", ""))))
+            self._begun = True
+        if output.text and self._usage.each:
+            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text))))
+        elif output.text:
+            parts.append(self._pieces.event(output.text))
+        if output.finish_reason is not None:
+            parts.append(self._chunk(LastChunkChoice(index, Delta(), output.finish_reason, output.stop_reason)))
+        return b"".join(parts)
+
+    def end(self) -> bytes:
+        """The usage where it was asked for, and the mark."""
+        return (self._chunk(None) if self._usage.last else b"") + DONE
+
+    def failure(self, error: RequestError) -> bytes:
+        """The error, and the mark."""
+        return stream_failure(error)
+
+    def _chunk(self, choice: ChunkChoice | LastChunkChoice | None) -> bytes:
+        head = self._head
+        told: Usage | None = self._counts.usage() if self._usage.each or choice is None else None
         choices = () if choice is None else (choice,)
         return json_event(
             encode(ChatChunk(id=head.id, created=head.created, model=head.model, choices=choices, usage=told))
         )
-
-    begun = False
-    async with contextlib.aclosing(follow([stream])) as outputs:
-        async for _, output in outputs:
-            counts.see(0, output)
-            parts: list[bytes] = []
-            if not begun:
-                parts.append(chunk(ChunkChoice(0, Delta("assistant", ""))))
-                begun = True
-            if output.text:
-                parts.append(chunk(ChunkChoice(0, Delta(None, output.text))))
-            if output.finish_reason is not None:
-                parts.append(chunk(LastChunkChoice(0, Delta(), output.finish_reason, output.stop_reason)))
-            yield b"".join(parts)
-    if usage.last:
-        yield chunk(None)
-    yield DONE

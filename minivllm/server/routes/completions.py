@@ -1,18 +1,18 @@
 """POST /v1/completions: text goes on where the prompt ends. A list of prompts gives one choice each."""
 
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from minivllm.errors import InvalidRequest
+from minivllm.async_llm import Order
+from minivllm.errors import InvalidRequest, RequestError
 from minivllm.server.protocol import COMPLETION, CompletionBody, prompts_of, sampling_of
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
-from minivllm.server.serving import Serving, follow, read_json, serving
-from minivllm.server.sse import DONE, EventStream, json_event
+from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.usage import Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
@@ -29,58 +29,74 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, COMPLETION)
     head = Head(new_id("cmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
-    streams = await _start(s, body, head.id)
+    orders = await _orders(s, body, head.id)
     if body.stream:
-        return EventStream(_events(streams, head, usage), stream_failure, s.drain)
-    return json_response(await s.drain.run(_whole(streams, head), request.receive))
+        return EventStream(s, orders, _Script(head, usage))
+    return json_response(_whole(await s.whole(orders, request), head))
 
 
-async def _start(s: Serving, body: CompletionBody, request_id: str) -> list[AsyncIterator[RequestOutput]]:
-    """One generator a prompt."""
+async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
+    """One for each prompt."""
     prompts = prompts_of(body.prompt)
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, got {len(prompts)}.", "prompt")
     special = body.add_special_tokens is not False
-    streams = []
+    orders = []
     for i, prompt in enumerate(prompts):
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
         sampling = sampling_of(body, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
-        streams.append(s.start(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or ""))
-    return streams
+        orders.append(s.order(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or ""))
+    return orders
 
 
-async def _whole(streams: Sequence[AsyncIterator[RequestOutput]], head: Head) -> Completion:
-    """Wait for every choice."""
-    texts: list[list[str]] = [[] for _ in streams]
-    last: dict[int, RequestOutput] = {}
+def _whole(outputs: Sequence[RequestOutput], head: Head) -> Completion:
+    """The reply that holds every choice."""
     counts = Counts()
-    async with contextlib.aclosing(follow(streams)) as outputs:
-        async for index, output in outputs:
-            texts[index].append(output.text)
-            last[index] = output
-            counts.see(index, output)
-    choices = tuple(
-        CompletionChoice(i, "".join(t), None, last[i].finish_reason, last[i].stop_reason) for i, t in enumerate(texts)
-    )
+    for i, output in enumerate(outputs):
+        counts.see(i, output)
+    choices = tuple(CompletionChoice(i, o.text, None, o.finish_reason, o.stop_reason) for i, o in enumerate(outputs))
     return Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
 
 
-async def _events(
-    streams: Sequence[AsyncIterator[RequestOutput]], head: Head, usage: StreamUsage
-) -> AsyncGenerator[bytes]:
+class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
-    counts = Counts()
 
-    def chunk(choices: tuple[CompletionChoice, ...], told: Usage | None) -> bytes:
-        reply = Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=told)
-        return json_event(encode(reply))
+    def __init__(self, head: Head, usage: StreamUsage) -> None:
+        self._head = head
+        self._usage = usage
+        self._counts = Counts()
+        self._pieces: dict[int, TextEvents] = {}  # of each choice
 
-    async with contextlib.aclosing(follow(streams)) as outputs:
-        async for i, output in outputs:
-            counts.see(i, output)
-            if output.text or output.finish_reason is not None:
-                choice = CompletionChoice(i, output.text, None, output.finish_reason, output.stop_reason)
-                yield chunk((choice,), counts.usage() if usage.each else None)
-    if usage.last:
-        yield chunk((), counts.usage())
-    yield DONE
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """One chunk, unless there is nothing to tell."""
+        self._counts.see(index, output)
+        if output.finish_reason is None:
+            if not output.text:
+                return b""
+            if not self._usage.each:
+                return self._pieces_of(index).event(output.text)
+        choice = CompletionChoice(index, output.text, None, output.finish_reason, output.stop_reason)
+        return self._chunk((choice,), self._counts.usage() if self._usage.each else None)
+
+    def _pieces_of(self, index: int) -> TextEvents:
+        """Chunks with a text and nothing else to tell."""
+        found = self._pieces.get(index)
+        if found is None:
+            head, choice = self._head, CompletionChoice(index, MARK)
+            sample = Completion(id=head.id, created=head.created, model=head.model, choices=(choice,))
+            found = self._pieces[index] = TextEvents(sample)
+        return found
+
+    def end(self) -> bytes:
+        """The usage where it was asked for, and the mark."""
+        return (self._chunk((), self._counts.usage()) if self._usage.last else b"") + DONE
+
+    def failure(self, error: RequestError) -> bytes:
+        """The error, and the mark."""
+        return stream_failure(error)
+
+    def _chunk(self, choices: tuple[CompletionChoice, ...], told: Usage | None) -> bytes:
+        head = self._head
+        return json_event(
+            encode(Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=told))
+        )

@@ -6,9 +6,7 @@ end of the stream is the end of the answer; a failure is one event of type ``err
 CR and CRLF in the text arrive as LF (``sse.py``). Greedy unless the request says otherwise.
 """
 
-import contextlib
 import ipaddress
-from collections.abc import AsyncGenerator, AsyncIterator
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter
@@ -18,7 +16,7 @@ from starlette.responses import Response
 from minivllm.errors import ForeignOrigin, RequestError
 from minivllm.server.protocol import GENERATE, sampling_of
 from minivllm.server.replies import error_body, new_id
-from minivllm.server.serving import follow, read_body, serving
+from minivllm.server.serving import read_body, serving
 from minivllm.server.sse import EventStream, text_event
 from minivllm.types import RequestOutput
 
@@ -35,23 +33,29 @@ async def generate(request: Request) -> Response:
     body = GENERATE.read(await read_body(request))
     ids = await s.encode(body.prompt)
     sampling = sampling_of(body, temperature=0.0, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
-    return EventStream(_events(s.start(new_id("gen"), ids, sampling)), failure_event, s.drain)
+    return EventStream(s, [s.order(new_id("gen"), ids, sampling)], _Script())
 
 
-async def _events(stream: AsyncIterator[RequestOutput]) -> AsyncGenerator[bytes]:
+class _Script:
     """One event for each piece of text."""
-    held = ""  # a CR at the end of a piece may be half of a CRLF
-    async with contextlib.aclosing(follow([stream])) as outputs:
-        async for _, output in outputs:
-            text = held + output.text
-            held = "\r" if text.endswith("\r") and output.finish_reason is None else ""
-            if text := text.removesuffix("\r") if held else text:
-                yield text_event(text)
 
+    def __init__(self) -> None:
+        self._held = ""  # a CR at the end of a piece may be half of a CRLF
 
-def failure_event(error: RequestError) -> bytes:
-    """The last event of a stream that broke."""
-    return text_event(error_body(error).decode(), "error")
+    def piece(self, index: int, output: RequestOutput) -> bytes:
+        """The text as an event."""
+        text = self._held + output.text
+        self._held = "\r" if text.endswith("\r") and output.finish_reason is None else ""
+        text = text.removesuffix("\r") if self._held else text
+        return text_event(text) if text else b""
+
+    def end(self) -> bytes:
+        """Nothing: the end of the stream is the end of the answer."""
+        return b""
+
+    def failure(self, error: RequestError) -> bytes:
+        """An event of its own type."""
+        return text_event(error_body(error).decode(), "error")
 
 
 def refuse_foreign_origin(request: Request) -> None:
