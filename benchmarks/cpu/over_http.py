@@ -298,14 +298,13 @@ def main() -> None:
         offline_child(shape)
         return
     offline = Offline(sys.argv[1:])
-    rounds: list[Round] = []
     try:
         with server(shape, offline.products) as (url, *pids):
             measure(shape, offline, url, pids, 0)  # a warm-up
-            for number in range(1, found.rounds + 1):
-                rounds.append(
-                    measure_quietly(lambda seed: measure(shape, offline, url, pids, seed), number, found.quiet_wait)
-                )
+            rounds = [
+                measure_quietly(lambda seed: measure(shape, offline, url, pids, seed), number, found.quiet_wait)
+                for number in range(1, found.rounds + 1)
+            ]
     finally:
         offline.close()
     medians = {name: statistics.median(asdict(r)[name] for r in rounds) for name in asdict(rounds[0])}
