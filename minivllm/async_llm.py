@@ -175,9 +175,12 @@ class Mailbox:
         return [output for _, output in sorted(self.take(), key=lambda taken: taken[0])]
 
 
-def _share(device: str) -> float:
-    """What deliveries may take of the event loop's core: little of it where the model wants the same cores."""
-    return LARGEST_SHARE if device != "cpu" else min(LARGEST_SHARE, SHARE_OF_CORES * (os.cpu_count() or 1))
+def share_of(config: Config, device: str) -> float:
+    """What deliveries may take of the event loop's core: little where the model's threads want every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device != "cpu" or (config.runner.num_threads or cores) < cores:
+        return LARGEST_SHARE
+    return min(LARGEST_SHARE, SHARE_OF_CORES * cores)
 
 
 class AsyncLLM:
@@ -193,7 +196,7 @@ class AsyncLLM:
         self._client = client
         self._outputs = OutputProcessor(tokenizer)
         self._mailboxes: dict[str, Mailbox] = {}
-        self._pacer = pacer or Pacer(_share(client.info.device))
+        self._pacer = pacer or Pacer(share_of(config, client.info.device))
         self._held: set[Mailbox] = set()  # with text that waits for the next round
         self._round: asyncio.TimerHandle | None = None
         self._seeds = random.Random(config.model.seed)

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import fake_engine
 from token_runner import expected_tokens
 
-from minivllm.async_llm import LONGEST_WAIT_S, MOST_UNMERGED, AsyncLLM, Mailbox, Order, Pacer, merged
+from minivllm.async_llm import LONGEST_WAIT_S, MOST_UNMERGED, AsyncLLM, Mailbox, Order, Pacer, merged, share_of
 from minivllm.config import make_config
 from minivllm.engine.client import LocalClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, ServerOverloaded
@@ -99,6 +99,18 @@ def test_few_streams_never_wait() -> None:
         cpu.now_s += 0.0002
         wall.now_s += 0.002
         assert pacer.wait_s() <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "device", "share"),
+    [(2, None, "cpu", 0.1), (2, 2, "cpu", 0.1), (2, 1, "cpu", 0.5), (1, None, "cpu", 0.05), (64, None, "cpu", 0.5),
+     (2, None, "cuda:0", 0.5)],
+)  # fmt: skip
+def test_text_goes_out_less_often_only_where_the_model_wants_every_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int | None, device: str, share: float
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert share_of(make_config(num_threads=threads), device) == pytest.approx(share)
 
 
 # --------------------------------------------------------------------------------------------------------------- a mailbox

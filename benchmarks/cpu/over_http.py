@@ -1,12 +1,13 @@
 """How much of the engine's speed arrives over HTTP, and what each process pays for it.
 
     python -m benchmarks.cpu.over_http [--rounds 3] [--streams 64] [--threads 2] [--input-len 32] [--output-len 128]
-                                       [--paced TOKENS_PER_S [--work]] [--quiet-wait SECONDS]
+                                       [--model FOLDER] [--paced TOKENS_PER_S] [--quiet-wait SECONDS]
 
 The same requests (random prompt ids, greedy, ignore_eos) run offline, all at once through ``LLM.generate`` in a process of its
 own, and as concurrent streams against ``mini-vllm serve``, round after round in turn; medians are shown. Server, engine and
-this program, which is the load generator, share the cores. With ``--paced`` an engine of that speed takes the model's place
-(``paced.py``); with ``--work`` too, its steps occupy the cores as a model's do.
+this program, which is the load generator, share the cores. A smaller model shows what happens when the engine is faster
+(``--model minivllm/assets/stories-draft``); with ``--paced`` an engine of that speed that needs no core takes the model's place
+(``paced.py``).
 
 Each round waits for a quiet machine and says which share of the cores others used all the same; one that was disturbed is
 taken again, a few times. A table, then one line of JSON.
@@ -30,7 +31,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.cpu.machine import BUSY_SHARE, CpuClock, await_quiet
-from benchmarks.cpu.paced import build_paced, products_for
+from benchmarks.cpu.paced import build_paced
 from minivllm.bench.load import Outcome, Pace, Target, run_load
 from minivllm.bench.workload import Item, RandomShape, random_items
 from minivllm.types import GenerateRequest, SamplingParams
@@ -39,6 +40,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", "benchmarks.cpu.over_http")
 VOCAB_SIZE, SPECIAL_IDS = 2000, range(8)  # ids that the bundled models have and that are text
 CPU_CLOCK_SCHED = 2  # of clock_getcpuclockid(3): a clock id made of a process's number
+NAME = "stories"  # under which the model is served
 MAX_ATTEMPTS = 4
 
 
@@ -55,8 +57,8 @@ class Shape:
     input_len: int
     output_len: int
     threads: int
+    model: str | None  # none: the bundled one
     paced: float | None  # tokens/s of the paced engine
-    work: bool
 
     def items(self, seed: int) -> list[Item]:
         """Fresh prompts for each seed, so that the prefix cache does not help."""
@@ -97,11 +99,8 @@ class Round:
 
 
 def offline_child(shape: Shape) -> None:
-    """Print how many products a step of ``--work`` takes; then, for each seed on stdin, run the batch and print its tokens/s
-    and its CPU seconds per 1,000 tokens."""
-    products = products_for(shape.step_s, shape.threads) if shape.work else 0
-    generate = model_batch(shape) if shape.paced is None else paced_batch(shape, products)
-    print(products, flush=True)
+    """For each seed on stdin, run the batch and print its tokens/s and its CPU seconds per 1,000 tokens."""
+    generate = model_batch(shape) if shape.paced is None else paced_batch(shape)
     for line in sys.stdin:
         items = shape.items(int(line))
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
@@ -116,14 +115,14 @@ def sampling_of(shape: Shape) -> SamplingParams:
 
 
 def model_batch(shape: Shape) -> Callable[[Sequence[Item]], object]:
-    """The bundled model."""
+    """The model, through ``LLM``."""
     from minivllm.llm import LLM
 
-    llm, sampling = LLM(num_threads=shape.threads), sampling_of(shape)
+    llm, sampling = LLM(shape.model, num_threads=shape.threads), sampling_of(shape)
     return lambda items: llm.generate([list(item.prompt) for item in items], sampling)
 
 
-def paced_batch(shape: Shape, products: int) -> Callable[[Sequence[Item]], object]:
+def paced_batch(shape: Shape) -> Callable[[Sequence[Item]], object]:
     """The paced engine, driven as ``LLM.generate`` does."""
     from minivllm.config import make_config
     from minivllm.door import locate, tokenizer_folder
@@ -131,7 +130,7 @@ def paced_batch(shape: Shape, products: int) -> Callable[[Sequence[Item]], objec
     from minivllm.text.tokenizer import load_tokenizer
 
     config, folder = locate(make_config(num_threads=shape.threads))
-    engine, sampling = build_paced(config, shape.step_s, products), sampling_of(shape)
+    engine, sampling = build_paced(config, shape.step_s), sampling_of(shape)
     outputs = OutputProcessor(load_tokenizer(tokenizer_folder(config, folder)))
 
     def generate(items: Sequence[Item]) -> None:
@@ -152,7 +151,6 @@ class Offline:
     def __init__(self, arguments: Sequence[str]) -> None:
         command = [*PROGRAM, *arguments, "--offline-child"]
         self._child = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.products = int(self._read())
 
     def _read(self) -> str:
         if self._child.stdout is None or not (line := self._child.stdout.readline()):
@@ -180,13 +178,12 @@ class Offline:
 
 
 @contextmanager
-def server(shape: Shape, products: int) -> Iterator[tuple[str, int, int]]:
+def server(shape: Shape) -> Iterator[tuple[str, int, int]]:
     """A running server; its address, its process id and its engine's."""
     options = ["--port", "0", "--num-threads", str(shape.threads), "--log-level", "warning"]
-    program = ["-m", "minivllm", "serve"]
+    program = ["-m", "minivllm", "serve", *([] if shape.model is None else [shape.model, "--served-model-name", NAME])]
     if shape.paced is not None:
-        step_ms = str(shape.step_s * 1e3)
-        program = ["-m", "benchmarks.cpu.paced", "serve", "--step-ms", step_ms, "--work", str(products)]
+        program = ["-m", "benchmarks.cpu.paced", "serve", "--step-ms", str(shape.step_s * 1e3)]
     command = [sys.executable, *program, *options]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
@@ -205,7 +202,7 @@ def server(shape: Shape, products: int) -> Iterator[tuple[str, int, int]]:
 def measure_served(shape: Shape, url: str, pids: Sequence[int], seed: int) -> tuple[list[Outcome], float, list[float]]:
     """One round of concurrent streams: what each met, the seconds it took, and CPU seconds per 1,000 tokens of server, engine
     and client."""
-    target = Target(url + "/v1/completions", "stories", {"temperature": 0.0, "ignore_eos": True})
+    target = Target(url + "/v1/completions", NAME, {"temperature": 0.0, "ignore_eos": True})
     items = shape.items(seed)
     before = [*map(cpu_s, pids), time.process_time()]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -264,12 +261,12 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--model", metavar="FOLDER")
     parser.add_argument("--paced", type=float, metavar="TOKENS_PER_S")
-    parser.add_argument("--work", action="store_true")
     parser.add_argument("--quiet-wait", type=float, default=30.0, metavar="SECONDS", help="longest wait before a round")
     parser.add_argument("--offline-child", action="store_true", help=argparse.SUPPRESS)
     found = parser.parse_args()
-    return Shape(found.streams, found.input_len, found.output_len, found.threads, found.paced, found.work), found
+    return Shape(found.streams, found.input_len, found.output_len, found.threads, found.model, found.paced), found
 
 
 def table(medians: dict[str, Any]) -> str:
@@ -299,7 +296,7 @@ def main() -> None:
         return
     offline = Offline(sys.argv[1:])
     try:
-        with server(shape, offline.products) as (url, *pids):
+        with server(shape) as (url, *pids):
             measure(shape, offline, url, pids, 0)  # a warm-up
             rounds = [
                 measure_quietly(lambda seed: measure(shape, offline, url, pids, seed), number, found.quiet_wait)

@@ -1,11 +1,10 @@
 """An engine of a chosen speed: the real scheduler, process and frames around a runner that has no model.
 
-It shows what the HTTP side can carry when the model is faster than today's. Two kinds of step: one that only takes time (what
-do the server and the client cost by themselves?), and with ``--work`` one that multiplies matrices with every thread, a fixed
-number of times (what is left of the engine's speed when server and client want the same cores?).
+Its steps take time and no core, so what is measured is what the server and the client cost by themselves, and how fast they can
+be. (What is left of a model's speed when they want its cores is measured with a model.)
 
-    python -m benchmarks.cpu.paced serve --step-ms 8 [--work PRODUCTS] [mini-vllm serve options]
-    python -m benchmarks.cpu.paced engine --step-ms 8 [--work PRODUCTS] DESCRIPTOR      (the server starts this one)
+    python -m benchmarks.cpu.paced serve --step-ms 8 [mini-vllm serve options]
+    python -m benchmarks.cpu.paced engine --step-ms 8 DESCRIPTOR                         (the server starts this one)
 """
 
 import argparse
@@ -28,12 +27,11 @@ from minivllm.types import WANT_SAMPLE, EngineInfo, StepPlan, StepResult, StepTi
 
 STORY = "Once upon a time there was a little fox. She had a red ball, and she loved to play with it in the green garden. "
 MAX_MODEL_LEN, NUM_BLOCKS, BLOCK_SIZE = 2048, 8193, 16
-PRODUCT_ROWS, PRODUCT_IN, PRODUCT_OUT = 64, 384, 1536  # of the matrices that --work multiplies; smaller ones use one core
 
 
 @dataclass
 class PacedStep:
-    """A launched step. Waits, or works, when its result is asked for."""
+    """A launched step. Waits when its result is asked for."""
 
     result_of: StepResult
     spend: Callable[[], None]
@@ -75,34 +73,7 @@ def waiting(step_s: float) -> Callable[[], None]:
     return spend
 
 
-def working(products: int, num_threads: int) -> Callable[[], None]:
-    """A step of so many matrix products, each a parallel region as in a model's layers."""
-    import torch
-
-    torch.set_num_threads(num_threads)
-    x = torch.randn(PRODUCT_ROWS, PRODUCT_IN)  # [rows, in]
-    weight = torch.randn(PRODUCT_IN, PRODUCT_OUT)  # [in, out]
-    out = torch.empty(PRODUCT_ROWS, PRODUCT_OUT)  # [rows, out]
-
-    def spend() -> None:
-        for _ in range(products):
-            torch.mm(x, weight, out=out)
-
-    return spend
-
-
-def products_for(step_s: float, num_threads: int) -> int:
-    """How many products fill a step on this machine, all cores being free."""
-    trial = working(20, num_threads)
-    took_s = []
-    for _ in range(100):
-        began_s = time.perf_counter()
-        trial()
-        took_s.append((time.perf_counter() - began_s) / 20)
-    return max(1, round(step_s / sorted(took_s)[10]))
-
-
-def build_paced(config: Config, step_s: float, products: int) -> Engine:
+def build_paced(config: Config, step_s: float) -> Engine:
     """The engine, as ``engine.build.build_engine`` would make it."""
     config, folder = locate(config)
     tokenizer = load_tokenizer(tokenizer_folder(config, folder))
@@ -112,8 +83,7 @@ def build_paced(config: Config, step_s: float, products: int) -> Engine:
         MAX_MODEL_LEN, limits.max_num_seqs, limits.max_num_batched_tokens, BLOCK_SIZE, NUM_BLOCKS, tokenizer.vocab_size, (),
         "cpu", "none", 0, 0, 0,
     )  # fmt: skip
-    spend = working(products, config.runner.num_threads or 2) if products else waiting(step_s)
-    runner = PacedRunner(tokenizer.encode(STORY, add_special_tokens=False), spend)
+    runner = PacedRunner(tokenizer.encode(STORY, add_special_tokens=False), waiting(step_s))
     return Engine(Scheduler(limits, Allocator((NUM_BLOCKS,), BLOCK_SIZE)), runner, info, time.monotonic)
 
 
@@ -139,19 +109,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("role", choices=("serve", "engine"))
     parser.add_argument("--step-ms", type=float, required=True)
-    parser.add_argument("--work", type=int, default=0, metavar="PRODUCTS")
     found, rest = parser.parse_known_args()
     if found.role == "engine":
         from minivllm.engine.process import serve_steps
 
-        return serve_steps(int(rest[0]), lambda config: build_paced(config, found.step_ms / 1e3, found.work))
+        return serve_steps(int(rest[0]), lambda config: build_paced(config, found.step_ms / 1e3))
     from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
 
     options = Parser("serve", "Serve on a paced engine.", "[options]")
     add_model_argument(options)
     add_config(options, ALL_SECTIONS)
     config = read_config(options.read(rest))
-    program = ("-m", "benchmarks.cpu.paced", "engine", "--step-ms", str(found.step_ms), "--work", str(found.work))
+    program = ("-m", "benchmarks.cpu.paced", "engine", "--step-ms", str(found.step_ms))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve_paced(config, program))
 

@@ -1,7 +1,7 @@
 """How requests end from outside: the client goes away, or the server stops.
 
 Every piece of generating work runs through ``Drain.run``: a task of its own, so that the ASGI task can listen for the
-client's disconnect meanwhile and cancel the work. Cancelling closes the generator of ``AsyncLLM.generate``, and that aborts
+client's disconnect meanwhile and cancel the work. Cancelling leaves the mailbox of ``AsyncLLM.open``, and that aborts
 the request in the engine: blocks come back whether the reply streams or not.
 
 Stopping has two parts. After ``begin`` the server still listens, but new work is told to go elsewhere (503 and

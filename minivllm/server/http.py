@@ -177,7 +177,7 @@ async def _drained(server: Server, pump: "asyncio.Task[None]") -> None:
 
 
 async def _buried(server: Server, pump: "asyncio.Task[None]") -> None:
-    """The engine is dead: every request learns of it from its own generator."""
+    """The engine is dead: every request learns of it from its own mailbox."""
     logger.error("The engine has ended; the server ends too", exc_info=pump.exception() if pump.done() else None)
     server.drain.begin()
     await _last_words(server.drain)
