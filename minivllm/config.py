@@ -105,7 +105,7 @@ class RunnerConfig:
         Opt("On a CPU: native ones compiled for this machine, or torch's; auto: native where a compiler is found."),
     ] = "auto"
     batch_invariant: Annotated[
-        bool, Opt("Logits bitwise the same whatever else is in the batch; costs speed, but with the native CPU kernels nothing.")
+        bool, Opt("Logits bitwise the same whatever else is in the batch; costs speed, but nothing with native CPU kernels.")
     ] = False
     tensor_parallel_size: Annotated[int, Opt("Devices that share the model.", low=1, high=1, flags=("-tp",), common=False)] = 1
 
