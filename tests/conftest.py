@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-# These tests are about the CPU backend, also on a machine that has a GPU; the processes they start inherit it.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# With MINIVLLM_TEST_GPU=1 (`make test-gpu`) the tests of GPU kernels run compiled, on the GPU. Without it all tests are about
+# the CPU, also on a machine that has a GPU (the processes they start inherit that), and Triton's kernels run in its
+# interpreter: it must know before a kernel is defined.
+ON_GPU = os.environ.get("MINIVLLM_TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -45,6 +50,15 @@ def native_table() -> Any:
         return native_ops(NativeLibrary(find_or_build()))
     except NoNativeKernels as reason:
         pytest.skip(f"no native kernels: {reason}")
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> Any:
+    """Where Triton's kernels run in this test run: on the GPU, or in the interpreter on the CPU."""
+    import torch
+
+    pytest.importorskip("triton")
+    return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -101,12 +101,11 @@ def over_pools(backend: AttentionBackend, work: Work) -> Callable[[], None]:
     shapes = backend.pool_shapes(num_blocks)
     caches = [KVLayer(*(torch.full(shape, 0.5, dtype=KINDS[work.kind]) for shape in shapes)) for _ in range(num_layers)]
     fused = torch.randn(len(meta.slots), num_heads + 2 * num_kv_heads, head_dim).to(KINDS[work.kind])
-    q, k, v = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     plan, layer = backend.plan(meta), AttnLayer(num_heads, num_kv_heads, head_dim, head_dim**-0.5, None)
 
     def call() -> None:
         caches.append(caches.pop(0))
-        backend.run(plan, layer, q, k, v, caches[0])
+        backend.run(plan, layer, fused, None, caches[0])
 
     return call
 

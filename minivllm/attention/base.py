@@ -37,14 +37,24 @@ class AttnNeed:
 
 
 @dataclass(frozen=True)
+class QKNorm:
+    """RMS norms of the heads of q and k, before they are turned by their positions."""
+
+    q: Tensor  # [head_dim]
+    k: Tensor  # [head_dim]
+    eps: float
+
+
+@dataclass(frozen=True)
 class AttnLayer:
-    """The numbers of one layer's attention, on this rank."""
+    """One layer's attention, on this rank."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
     window: int | None  # tokens, the query's own included; None = sees everything
+    qk_norm: QKNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,23 @@ class AttnMeta:
     slots: Tensor  # [num_tokens] int64 on the device: where each token's K and V go
 
 
+@dataclass(frozen=True)
+class DeviceMeta:
+    """One step for a backend that plans on the device. Fixed addresses: a captured graph reads each step's values there."""
+
+    query_starts: Tensor  # [max_rows + 1] int32; entries past the step's rows repeat the number of tokens
+    context_lens: Tensor  # [max_rows] int32: tokens in the cache after this step's are written; 0 past the step's rows
+    rows: Tensor  # [max_rows] int32: which row of the block table each has
+    block_tables: Tensor  # [max_num_seqs + 1, max_blocks] int32; entries past a row's last block are meaningless
+    slots: Tensor  # [num_tokens] int64; those of padded tokens lie in block 0, which nobody reads
+    block_size: int
+    decode: bool  # every row has at most one token, and row i is token i: num_tokens == max_rows
+    host: AttnMeta | None  # the same as host arrays, where the step is not captured; its block_tables are not kept
+
+
+Angles = tuple[Tensor, Tensor]  # cos and sin of a step's tokens, [num_tokens, half] float32 each
+
+
 class AttentionBackend(Protocol):
     """One way of computing attention over the paged cache."""
 
@@ -81,8 +108,18 @@ class AttentionBackend(Protocol):
     def plan(self, meta: AttnMeta) -> Any:
         """Prepare a step; the result is opaque, frozen, and handed to ``run`` for each layer of the group."""
 
-    def run(self, plan: Any, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
-        """Write ``k``, ``v`` [num_tokens, num_kv_heads, head_dim] and attend: [num_tokens, num_heads, head_dim] like ``q``."""
+    def run(self, plan: Any, layer: AttnLayer, heads: Tensor, angles: Angles | None, cache: KVLayer) -> Tensor:
+        """Norm and turn q and k, write k and v into the cache, attend: [num_tokens, num_heads, head_dim].
+
+        ``heads`` [num_tokens, num_heads + 2 * num_kv_heads, head_dim] holds q, k and v side by side, as projected.
+        """
+
+
+class DeviceAttention(AttentionBackend, Protocol):
+    """A backend whose plan is made on the device, so that a step can be captured in a graph."""
+
+    def plan_on_device(self, meta: DeviceMeta) -> Any:
+        """As ``plan``; launches a kernel or two and asks the device nothing."""
 
 
 class BackendClass(Protocol):
@@ -101,3 +138,16 @@ def token_major_pools(need: AttnNeed, num_blocks: int) -> tuple[tuple[int, ...],
     """Pools [num_blocks, block_size, num_kv_heads, head_dim], K and V alike: what ``ops.kv_write`` writes to."""
     shape = (num_blocks, need.block_size, need.num_kv_heads, need.head_dim)
     return shape, shape
+
+
+def turned(ops: Ops, layer: AttnLayer, heads: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of ``heads``, which is as in ``AttentionBackend.run``; q and k normed and turned.
+
+    [num_tokens, heads, head_dim] each. Only their last two dimensions are dense.
+    """
+    q, k, v = torch.split(heads, [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+    if (norm := layer.qk_norm) is not None:
+        q, k = ops.rms_norm(q, norm.q, norm.eps), ops.rms_norm(k, norm.k, norm.eps)
+    if angles is not None:
+        q, k = ops.rope(q, *angles), ops.rope(k, *angles)
+    return q, k, v

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools
+from minivllm.attention.base import Angles, AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools, turned
 from minivllm.kernels.ops import Ops
 
 QUERY_TILE = 16  # positions
@@ -66,10 +66,11 @@ class InvariantAttention:
             rows.append(_Row(start, stop, context, torch.from_numpy(slots).to(self.device)))
         return TiledPlan(tuple(rows), meta.slots)
 
-    def run(self, plan: TiledPlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
+    def run(self, plan: TiledPlan, layer: AttnLayer, heads: Tensor, angles: Angles | None, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
+        q, k, v = turned(self.ops, layer, heads, angles)
         self.ops.kv_write(k.to(cache.k.dtype), v.to(cache.v.dtype), cache.k, cache.v, plan.slots)
-        out = torch.empty_like(q)  # [num_tokens, num_heads, head_dim]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
         for row in plan.rows:
             first = row.context - (row.stop - row.start)
             base = 0 if layer.window is None else _first_key_tile(first, layer.window) * KEY_TILE

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer
+from minivllm.attention.base import Angles, AttnLayer, AttnMeta, AttnNeed, KVLayer, turned
 from minivllm.kernels.cpu.library import KINDS
 from minivllm.kernels.ops import Ops
 
@@ -41,7 +41,7 @@ class NativeAttention:
     def __init__(self, need: AttnNeed, ops: Ops) -> None:
         if ops.native is None:
             raise ValueError("native attention needs ops with the native library")
-        self.need, self._attention = need, ops.native.attention
+        self.need, self.ops, self._attention = need, ops, ops.native.attention
         self._words = Struct("11qd").pack  # a ``Layer`` of native.cpp; twelve arguments take three times as long
         self._item_rows = ops.native.item_rows()  # queries x heads that share a work item
         kinds = (KINDS[need.dtype], KINDS[need.kv_dtype])
@@ -83,8 +83,9 @@ class NativeAttention:
         step = np.concatenate((sizes, *arrays), dtype=np.int64)
         return NativePlan(step, torch.from_numpy(step).data_ptr(), meta)
 
-    def run(self, plan: NativePlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
+    def run(self, plan: NativePlan, layer: AttnLayer, heads: Tensor, angles: Angles | None, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
+        q, k, v = turned(self.ops, layer, heads, angles)
         (q, of_q), (k, of_k), (v, of_v) = self._dense(q), self._dense(k), self._dense(v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
         tokens = (q.data_ptr(), k.data_ptr(), v.data_ptr())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minivllm.attention.base import AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools
+from minivllm.attention.base import Angles, AttnLayer, AttnMeta, AttnNeed, KVLayer, token_major_pools, turned
 from minivllm.kernels.ops import Ops
 
 QUERY_TILE = 256  # queries per call of a long prompt: a tile reads no keys past its last query, and its mask stays small
@@ -68,10 +68,11 @@ class TorchAttention:
             rows.append(_Row(start, stop, context, int(ids[0]) if side_by_side else -1, blocks))
         return SDPAPlan(tuple(rows), meta.slots)
 
-    def run(self, plan: SDPAPlan, layer: AttnLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer) -> Tensor:
+    def run(self, plan: SDPAPlan, layer: AttnLayer, heads: Tensor, angles: Angles | None, cache: KVLayer) -> Tensor:
         """See ``AttentionBackend``."""
+        q, k, v = turned(self.ops, layer, heads, angles)
         self.ops.kv_write(k.to(cache.k.dtype), v.to(cache.v.dtype), cache.k, cache.v, plan.slots)
-        out = torch.empty_like(q)  # [num_tokens, num_heads, head_dim]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
         for row in plan.rows:
             self._attend(row, layer, q, cache, out)
         return out

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minivllm.attention.base import AttnLayer, KVLayer
+from minivllm.attention.base import Angles, AttnLayer, KVLayer, QKNorm
 from minivllm.layers.linear import head_share, qkv_linear, row_linear
 from minivllm.layers.norm import Norm
 from minivllm.layers.setup import Setup
@@ -33,24 +33,18 @@ class Attention(nn.Module):
         super().__init__()
         self.setup = setup
         mine = head_share(spec.num_heads, spec.num_kv_heads, setup.comm)
-        self.layer = AttnLayer(mine.num_heads, mine.num_kv_heads, spec.head_dim, spec.scale, spec.window)
-        heads = (spec.num_heads, spec.num_kv_heads)
-        self.qkv = qkv_linear(setup, spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias)
-        self.out = row_linear(setup, spec.num_heads * spec.head_dim, spec.hidden_size, bias=spec.out_bias)
         normed = spec.qk_norm_eps is not None
         self.q_norm = Norm(setup, "rms", spec.head_dim, spec.qk_norm_eps or 0.0) if normed else None
         self.k_norm = Norm(setup, "rms", spec.head_dim, spec.qk_norm_eps or 0.0) if normed else None
+        norm = QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm and self.k_norm else None
+        self.layer = AttnLayer(mine.num_heads, mine.num_kv_heads, spec.head_dim, spec.scale, spec.window, norm)
+        heads = (spec.num_heads, spec.num_kv_heads)
+        self.qkv = qkv_linear(setup, spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias)
+        self.out = row_linear(setup, spec.num_heads * spec.head_dim, spec.hidden_size, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, plan: Any, cache: KVLayer) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, plan: Any, cache: KVLayer) -> Tensor:
         """``x`` [num_tokens, hidden] -> the same shape. ``angles``: cos and sin of the tokens; ``plan``: the backend's."""
-        layer = self.layer
-        heads = self.qkv(x).view(x.shape[0], -1, layer.head_dim)
-        # [num_tokens, num_heads or num_kv_heads, head_dim] each, views of one tensor: only their last two dimensions are dense
-        q, k, v = heads.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = self.setup.ops.rope(q, *angles), self.setup.ops.rope(k, *angles)
-        attended = self.setup.attention.run(plan, layer, q, k, v, cache)
+        heads = self.qkv(x).view(x.shape[0], -1, self.layer.head_dim)  # q, k and v side by side
+        attended = self.setup.attention.run(plan, self.layer, heads, angles, cache)
         out: Tensor = self.out(attended.flatten(1))
         return out

@@ -102,7 +102,7 @@ class Scene:
             table[row, -(-context // size) :] = NO_BLOCK
         meta = AttnMeta(starts, contexts, rows, table, size, torch.from_numpy(np.concatenate(slots)))
         q, k, v = (torch.cat([of[i][part] for i, part in parts]) for of in (self.q, self.k, self.v))
-        found = self.backend.run(self.backend.plan(meta), layer, q, k, v, self.cache)
+        found = self.backend.run(self.backend.plan(meta), layer, torch.cat((q, k, v), dim=1), None, self.cache)
         assert found.shape == q.shape and found.dtype == q.dtype
         return list(found.split([n for _, n in work]))
 
@@ -216,8 +216,7 @@ def test_parts_of_a_wider_tensor(make: Any, backend_class: Any) -> None:
     slots = torch.tensor([again.table[again.row_of[0], 3] * 16 + 1], dtype=torch.int64)
     rows = np.array(again.row_of)
     meta = AttnMeta(np.array([0, 1]), np.array([50]), rows, again.table, 16, slots)
-    q, k, v = fused[49:].split((8, 2, 2), dim=1)
-    found = scene.backend.run(scene.backend.plan(meta), layer_of(asked), q, k, v, again.cache)
+    found = scene.backend.run(scene.backend.plan(meta), layer_of(asked), fused[49:], None, again.cache)
     torch.testing.assert_close(found, expected[49:], **EXACT)
 
 
