@@ -104,6 +104,12 @@ class RunnerConfig:
         Literal["auto", "native", "torch"],
         Opt("On a CPU: native ones compiled for this machine, or torch's; auto: native where a compiler is found."),
     ] = "auto"
+    gpu_kernels: Annotated[
+        Literal["auto", "triton", "torch"],
+        Opt("On a GPU: Triton's, or torch's alone; auto: Triton where it is installed. triton with --device cpu needs "
+            "TRITON_INTERPRET=1 and runs the GPU's kernels as Python, to look into them.", common=False),
+    ] = "auto"
+    enforce_eager: Annotated[bool, Opt("On a GPU: launch every kernel by itself, and capture no graphs.", common=False)] = False
     batch_invariant: Annotated[
         bool, Opt("Logits bitwise the same whatever else is in the batch; costs speed, but nothing with native CPU kernels.")
     ] = False

@@ -194,3 +194,7 @@ class NotEnoughMemory(StartupError):
 
 class PortInUse(StartupError):
     """The address to listen on is taken or not allowed."""
+
+
+class OutOfDeviceMemory(Exception):
+    """A step did not fit into what is left of the device's memory. No user meets it: the engine makes smaller steps."""

@@ -58,6 +58,10 @@ class PacedRunner:
         tokens = tuple(token if work.wants & WANT_SAMPLE else () for work in plan.work)
         return PacedStep(StepResult(plan.step, tokens, StepTimes(0.0, 0.0)), self._spend)
 
+    def prepare_more(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
 
 def waiting(step_s: float) -> Callable[[], None]:
     """A step that takes time and no core; a step that came late is not made up for."""

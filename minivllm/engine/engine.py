@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from minivllm.errors import OutOfDeviceMemory
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult
 
@@ -34,6 +35,10 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step; steps run in the order of launching."""
+        ...
+
+    def prepare_more(self) -> bool:
+        """Nothing else is to be done: make later steps faster, a little at a time. False: nothing is left to make."""
         ...
 
 
@@ -64,14 +69,23 @@ class Engine:
         """End requests; their blocks are free before the next step is planned."""
         self._changed = bool(self._scheduler.abort(ids, self._clock())) or self._changed
 
+    def prepare_more(self) -> bool:
+        """While there is no work: make later steps faster, for some milliseconds. False: nothing is left to make."""
+        return self._executor.prepare_more()
+
     def step(self) -> EngineOutput | None:
         """Plan and launch a step; collect the oldest once more than ``overlap`` are in flight. None: nothing to say yet."""
         try:
             output = self._step()
-        except Exception:
-            log.exception("a step failed; its requests start over")
+        except Exception as error:
+            out_of_memory = isinstance(error, OutOfDeviceMemory)
+            if out_of_memory:
+                log.warning("the device is out of memory; the step's requests start over, in smaller steps")
+            else:
+                log.exception("a step failed; its requests start over")
             self._in_flight.clear()
-            output = self._scheduler.fail("The engine could not compute this request; try it again.", self._clock())
+            message = "The engine could not compute this request; try it again."
+            output = self._scheduler.fail(message, self._clock(), out_of_memory)
         if output is None and self._changed and not self._in_flight:
             output = EngineOutput((), self._scheduler.snapshot(self._clock()))
         self._changed = self._changed and output is None

@@ -54,6 +54,10 @@ class Steps(Protocol):
         """Go on by a step. None: nothing to say yet."""
         ...
 
+    def prepare_more(self) -> bool:
+        """While there is no work: make later steps faster, a little at a time. False: nothing is left to make."""
+        ...
+
 
 async def start_engine(config: Config, program: Sequence[str] = PROGRAM) -> ProcessClient:
     """Start an engine process and wait until it is ready. Raises the ``StartupError`` that it met."""
@@ -94,8 +98,9 @@ class EngineServer:
             self._send(Failed(type(error).__name__, str(error)))
             return error.exit_code
         self._send(engine.info)
+        more = True  # something is left to prepare
         while self._open:
-            for message in self._receive(wait=not engine.has_work):
+            for message in self._receive(wait=not (engine.has_work or more)):
                 if isinstance(message, Add):
                     try:
                         engine.add(message.request)
@@ -106,7 +111,9 @@ class EngineServer:
                     engine.abort(message.ids)
                 elif isinstance(message, Stop):
                     return 0
-            if engine.has_work and (output := engine.step()) is not None:
+            if not engine.has_work:
+                more = more and engine.prepare_more()
+            elif (output := engine.step()) is not None:
                 self._send(output)
         return 0
 

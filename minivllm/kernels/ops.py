@@ -17,6 +17,7 @@ from minivllm.kernels.matrix import Matrix
 
 if TYPE_CHECKING:
     from minivllm.kernels.cpu.library import NativeLibrary
+    from minivllm.kernels.triton.chip import Chip
 
 FEW_SHAPES = "torch, few shapes"
 
@@ -38,10 +39,12 @@ class Ops:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     activation: Callable[[Tensor, str], Tensor]
     gated_activation: Callable[[Tensor, str], Tensor]
+    gated_linear: Callable[[Tensor, Matrix, Tensor | None, str], Tensor]
     choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
+    chip: "Chip | None" = None  # the GPU that this table's Triton kernels are launched on, where it uses some
 
 
 def reference_ops() -> Ops:
@@ -60,6 +63,7 @@ def reference_ops() -> Ops:
         rope=reference.rope,
         activation=reference.activation,
         gated_activation=reference.gated_activation,
+        gated_linear=reference.gated_linear,
         choose=reference.choose,
         kv_write=reference.kv_write,
         copy_blocks=reference.copy_blocks,
@@ -68,7 +72,10 @@ def reference_ops() -> Ops:
 
 def few_shapes_ops() -> Ops:
     """Plain torch for 16-bit weights on a CPU, where every new shape of a product costs memory that stays."""
-    return replace(reference_ops(), name=FEW_SHAPES, linear=few_shapes.linear, logits=few_shapes.logits)
+    gated = _two_ops(few_shapes.linear, reference.gated_activation)
+    return replace(
+        reference_ops(), name=FEW_SHAPES, linear=few_shapes.linear, logits=few_shapes.logits, gated_linear=gated
+    )
 
 
 def invariant_ops() -> Ops:
@@ -84,6 +91,7 @@ def invariant_ops() -> Ops:
         logits=invariant.logits,
         activation=invariant.activation,
         gated_activation=invariant.gated_activation,
+        gated_linear=_two_ops(invariant.linear, invariant.gated_activation),
     )
 
 
@@ -107,6 +115,59 @@ def native_ops(library: "NativeLibrary") -> Ops:
         rope=elementwise.rope,
         activation=elementwise.activation,
         gated_activation=elementwise.gated_activation,
+        gated_linear=_two_ops(products.linear, elementwise.gated_activation),
         choose=elementwise.choose,
         native=library,
     )
+
+
+def triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
+    """Triton's kernels for ``device``; on a CPU, in Triton's interpreter."""
+    from minivllm.kernels.choices import load_choices
+    from minivllm.kernels.triton.chip import this_chip
+    from minivllm.kernels.triton.elementwise import Elementwise
+    from minivllm.kernels.triton.fixed_tiles import FixedTiles
+    from minivllm.kernels.triton.products import Products
+    from minivllm.kernels.triton.sampling import Draw
+
+    chip = this_chip(device)
+    elementwise = Elementwise(chip)
+    gated = elementwise.gated_activation
+    table = replace(
+        reference_ops(),
+        lookup=elementwise.lookup,
+        embedding=elementwise.embedding,
+        rms_norm=elementwise.rms_norm,
+        add_rms_norm=elementwise.add_rms_norm,
+        layer_norm=elementwise.layer_norm,
+        add_layer_norm=elementwise.add_layer_norm,
+        activation=elementwise.activation,
+        gated_activation=gated,
+        choose=Draw(chip).choose,
+        chip=chip,
+    )
+    if batch_invariant:
+        tiles = FixedTiles(chip, gated)
+        return replace(
+            table, name="triton, batch-invariant", linear=tiles.linear, logits=tiles.logits, gated_linear=tiles.gated_linear
+        )
+    products = Products(chip, load_choices(chip.name), gated)
+    return replace(
+        table,
+        name="triton",
+        pack=products.pack,
+        linear=products.linear,
+        logits=products.logits,
+        gated_linear=products.gated_linear,
+    )
+
+
+def _two_ops(
+    linear: Callable[[Tensor, Matrix, Tensor | None], Tensor], gated_activation: Callable[[Tensor, str], Tensor]
+) -> Callable[[Tensor, Matrix, Tensor | None, str], Tensor]:
+    """``gated_linear`` of a table that has no kernel for both at once."""
+
+    def gated_linear(x: Tensor, matrix: Matrix, bias: Tensor | None, name: str) -> Tensor:
+        return gated_activation(linear(x, matrix, bias), name)
+
+    return gated_linear

@@ -135,6 +135,11 @@ def gated_activation(x: Tensor, name: str) -> Tensor:
     return activation(gate, name) * up
 
 
+def gated_linear(x: Tensor, matrix: Matrix, bias: Tensor | None, name: str) -> Tensor:
+    """``linear`` with a matrix that holds gate above up, then ``gated_activation``: [num_tokens, num_out / 2]."""
+    return gated_activation(linear(x, matrix, bias), name)
+
+
 def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of ``logits`` [num_rows, vocab] float32 the most likely token [num_rows] int64, the lowest among equals, and
     whether all of its numbers are finite [num_rows] bool."""

@@ -83,6 +83,10 @@ class Linear(nn.Module):
         bias = self.bias if self.setup.comm.rank == 0 else None  # added once, not once a rank
         return self.setup.comm.all_reduce(self.setup.ops.linear(x, self.matrix, bias))
 
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """For a pair of gate and up: activation(gate) * up, [num_tokens, half of this rank's num_out]."""
+        return self.setup.ops.gated_linear(x, self.matrix, self.bias, activation)
+
     def _part(self, name: str) -> Part:
         """The part of this name."""
         return next(part for part in self.parts if part.name == name)

@@ -11,13 +11,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, setup: Setup, hidden: int, intermediate: int, activation: str, *, bias: bool) -> None:
         super().__init__()
-        self.ops, self.activation = setup.ops, activation
+        self.activation = activation
         self.gate_up = column_linear(setup, hidden, (("gate", intermediate), ("up", intermediate)), bias=bias)
         self.down = row_linear(setup, intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [num_tokens, hidden] -> the same shape."""
-        out: Tensor = self.down(self.ops.gated_activation(self.gate_up(x), self.activation))
+        out: Tensor = self.down(self.gate_up.gated(x, self.activation))
         return out
 
 

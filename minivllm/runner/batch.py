@@ -36,9 +36,9 @@ def to_device(host: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     return page.clone() if device.type == "cpu" else page.to(device)
 
 
-def build_batch(step: RowStep, rows: Rows, backend: AttentionBackend) -> tuple[ForwardBatch, Sampled]:
-    """Build the step's batch; changes nothing."""
-    device, num_groups = rows.tokens.device, len(rows.block_tables)
+def build_batch(step: RowStep, rows: Rows, tokens: Tensor, backend: AttentionBackend) -> tuple[ForwardBatch, Sampled]:
+    """Build the step's batch from the tokens [max_num_seqs, columns] of every row; changes nothing."""
+    device, num_groups = tokens.device, len(rows.block_tables)
     starts = np.zeros(len(step.rows) + 1, dtype=np.int64)
     np.cumsum(step.lengths, out=starts[1:])
     sampling_rows, sampling_ends = step.rows[step.sampling], step.ends[step.sampling]
@@ -55,7 +55,7 @@ def build_batch(step: RowStep, rows: Rows, backend: AttentionBackend) -> tuple[F
         backend.plan(AttnMeta(starts, step.ends, step.rows, rows.block_tables[g], rows.block_size, on_device[2 + g]))
         for g in range(num_groups)
     )
-    token_ids = rows.tokens[on_device[0], on_device[1]].long()
+    token_ids = tokens[on_device[0], on_device[1]].long()
     batch = ForwardBatch(token_ids, on_device[1], plans, on_device[2 + num_groups])
     sampled = Sampled(tuple(step.sampling.tolist()), sampling_rows, sampling_ends, *on_device[3 + num_groups :])
     return batch, sampled

@@ -4,7 +4,6 @@ Memory is settled before a weight is read: the decoder is first made without sto
 of its weights on this rank. So a model that cannot fit is refused in a second, and the loaded one never grows.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,8 @@ from minivllm.attention.base import AttnNeed
 from minivllm.attention.select import select_backend
 from minivllm.config import Config
 from minivllm.errors import InvalidOption
-from minivllm.kernels.cpu.build import NoNativeKernels, find_or_build
-from minivllm.kernels.cpu.library import NativeLibrary
 from minivllm.kernels.invariant import check_linear
-from minivllm.kernels.ops import FEW_SHAPES, Ops, few_shapes_ops, invariant_ops, native_ops, reference_ops
+from minivllm.kernels.ops import FEW_SHAPES
 from minivllm.layers.linear import head_share
 from minivllm.layers.setup import Setup
 from minivllm.models.decoder import Decoder
@@ -28,32 +25,33 @@ from minivllm.models.registry import read_model
 from minivllm.models.spec import Blueprint, ModelSpec
 from minivllm.parallel.comm import Comm, SoloComm
 from minivllm.quant.base import linear_method
+from minivllm.runner.choose import choose_device, choose_dtype, choose_ops, set_threads
 from minivllm.runner.kv_cache import KVShape, allocate
-from minivllm.runner.loader import DTYPES, checkpoint_dtype, load_checkpoint, load_dummy
-from minivllm.runner.rows import Rows
-from minivllm.runner.runner import RowSampler, Runner
-from minivllm.runner.sizing import FEW_SHAPES_BYTES, FixedMemory, Sizes, settle
+from minivllm.runner.loader import DTYPES, load_checkpoint, load_dummy
+from minivllm.runner.rows import Rows, TokenTable
+from minivllm.runner.runner import AnyRunner, Loaded, RowSampler, Runner
+from minivllm.runner.sizing import FEW_SHAPES_BYTES, FixedMemory, Sizes, resettle, settle
 from minivllm.sampling.sampler import Sampler
 from minivllm.types import EngineInfo
 
 MakeSampler = Callable[[int, int, tuple[int, ...]], RowSampler]
 
 
-def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tuple[Runner, EngineInfo]:
+def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tuple[AnyRunner, EngineInfo]:
     """Build the runner of this process; raises ``StartupError`` subclasses.
 
-    ``make_sampler(max_num_seqs, vocab_size, eos_token_ids)``: what chooses tokens; None: ``Sampler``. A test wraps it to
+    ``make_sampler(max_num_seqs, vocab_size, eos_token_ids)``: what chooses tokens; None: the device's own. A test wraps it to
     keep the logits.
     """
-    device = _device(config)
+    device = choose_device(config)
     dummy = config.model.load_format == "dummy"
     folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=not dummy)
     blueprint = read_model(HFConfig.read(folder))
     spec, comm = blueprint.spec, SoloComm()
-    dtype = _dtype(config, spec, folder)
+    dtype = choose_dtype(config, spec, folder)
     ops, reasons = choose_ops(config, dtype, device)
     if device.type == "cpu":
-        _set_threads(config.runner.num_threads or _num_cores(), ops)
+        set_threads(config.runner.num_threads, ops)
     need = _attention_need(config, spec, dtype, device, comm)
     backend, passed_over = select_backend(need, ops)
     setup = Setup(ops, comm, linear_method(config.model.quantization), backend, dtype, device)
@@ -61,19 +59,61 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     fixed = FixedMemory(_weights_bytes(spec, setup), dtype, FEW_SHAPES_BYTES if ops.name == FEW_SHAPES else 0)
     sizes = settle(config, spec, kv, fixed, device)
     decoder = _load(config, blueprint, setup, folder, sizes)
-    if config.runner.batch_invariant and ops.native is None and config.model.quantization == "none":
+    if config.runner.batch_invariant and ops.native is None and ops.chip is None and config.model.quantization == "none":
         _check_invariant(decoder)
-    caches = allocate(backend, kv.dtype, spec.num_layers, sizes.num_blocks, device)
-    rows = Rows(config.scheduler.max_num_seqs, sizes.max_model_len, config.cache.block_size, 1, device)
-    make = make_sampler or partial(Sampler, choose=ops.choose)
-    sampler = make(config.scheduler.max_num_seqs, spec.vocab_size, spec.eos_ids)
-    runner = Runner(decoder, caches, backend, ops, rows, sampler)
+    build = _host_runner if ops.chip is None or not hasattr(backend, "plan_on_device") else _device_runner
+    runner, sizes = build(config, decoder, setup, kv, sizes, make_sampler)
     chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
     said = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
     return runner, _engine_info(config, setup, runner, sizes, said)
 
 
-def _engine_info(config: Config, setup: Setup, runner: Runner, sizes: Sizes, notes: tuple[str, ...]) -> EngineInfo:
+def _host_runner(
+    config: Config, decoder: Decoder, setup: Setup, kv: KVShape, sizes: Sizes, make_sampler: MakeSampler | None
+) -> tuple[AnyRunner, Sizes]:
+    """The runner that plans on the host, on any device."""
+    spec, most = decoder.spec, config.scheduler.max_num_seqs
+    caches = allocate(setup.attention, kv.dtype, spec.num_layers, sizes.num_blocks, setup.device)
+    table = TokenTable(most, sizes.max_model_len, setup.device)
+    rows = Rows(most, sizes.max_model_len, kv.block_size, 1, table)
+    make = make_sampler or partial(Sampler, choose=setup.ops.choose)
+    sampler = make(most, spec.vocab_size, spec.eos_ids)
+    return Runner(Loaded(decoder, caches, setup.attention, setup.ops), rows, table, sampler), sizes
+
+
+def _device_runner(
+    config: Config, decoder: Decoder, setup: Setup, kv: KVShape, sizes: Sizes, make_sampler: MakeSampler | None
+) -> tuple[AnyRunner, Sizes]:
+    """The runner that stays ahead of its device. Its cache is sized after a measured run of the largest step."""
+    from minivllm.kernels.triton.cutoff import Cutoff
+    from minivllm.kernels.triton.sampling import Draw
+    from minivllm.kernels.triton.steps import StepKernels
+    from minivllm.runner.device_runner import DeviceRunner, captured_sizes
+    from minivllm.runner.dry_run import measure
+    from minivllm.runner.page import Runs
+    from minivllm.runner.stage import Stage, StageSizes
+    from minivllm.sampling.device import DeviceSampler
+
+    assert setup.ops.chip is not None  # or this runner would not have been chosen
+    spec, most, chip = decoder.spec, config.scheduler.max_num_seqs, setup.ops.chip
+    runs, draw = Runs(), Draw(chip)
+    rows = Rows(most, sizes.max_model_len, kv.block_size, 1, runs)
+    tokens = min(config.scheduler.max_num_batched_tokens, most * sizes.max_model_len)
+    graphs = captured_sizes(most, tokens) if setup.device.type == "cuda" and not config.runner.enforce_eager else {}
+    stage_sizes = StageSizes(most, tokens, sizes.max_model_len, spec.hidden_size)
+    stage = Stage(stage_sizes, rows, StepKernels(chip, kv.block_size, most), setup.dtype, setup.device)
+    make = make_sampler or partial(DeviceSampler, kernels=(draw, Cutoff(chip)))
+    scratch = allocate(setup.attention, kv.dtype, spec.num_layers, 2, setup.device)
+    loaded = Loaded(decoder, scratch, setup.attention, setup.ops)
+    runner = DeviceRunner(loaded, rows, runs, make(most, spec.vocab_size, spec.eos_ids), stage, draw, graphs)
+    del scratch, loaded
+    if setup.device.type == "cuda":
+        sizes = resettle(config, sizes, kv.block_bytes(spec.num_layers), measure(runner, tokens), setup.device)
+    runner.caches = allocate(setup.attention, kv.dtype, spec.num_layers, sizes.num_blocks, setup.device)
+    return runner, sizes
+
+
+def _engine_info(config: Config, setup: Setup, runner: AnyRunner, sizes: Sizes, notes: tuple[str, ...]) -> EngineInfo:
     """What was settled, for the engine and its users."""
     spec = runner.decoder.spec
     return EngineInfo(
@@ -84,74 +124,13 @@ def _engine_info(config: Config, setup: Setup, runner: Runner, sizes: Sizes, not
         num_blocks=sizes.num_blocks,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_ids,
-        device=str(runner.rows.tokens.device),
+        device=str(setup.device),
         dtype=str(setup.dtype).removeprefix("torch."),
         weights_bytes=sum(p.nbytes for p in runner.decoder.parameters()),
         kv_bytes=sizes.kv_bytes,
         workspace_bytes=sizes.workspace_bytes,
         notes=notes,
     )
-
-
-def _device(config: Config) -> torch.device:
-    """The device to run on; raises ``InvalidOption`` for one that is not there."""
-    there = torch.cuda.is_available()
-    if config.runner.device == "cuda" and not there:
-        raise InvalidOption("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
-    return torch.device("cuda" if there and config.runner.device != "cpu" else "cpu")
-
-
-def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Ops, tuple[str, ...]]:
-    """The way of computing that fits the options and the machine, and why it is not the fast one. Raises ``InvalidOption``."""
-    reasons: tuple[str, ...] = ()
-    if device.type == "cpu" and config.runner.cpu_kernels != "torch":
-        try:
-            return native_ops(NativeLibrary(find_or_build())), ()
-        except NoNativeKernels as reason:
-            if config.runner.cpu_kernels == "native":
-                raise InvalidOption(f"--cpu-kernels native cannot be had here: {reason}; use --cpu-kernels auto.") from None
-            reasons = (f"The native CPU kernels are not used: {reason}. Torch's serve, several times more slowly.",)
-    if config.runner.batch_invariant:
-        return invariant_ops(), reasons
-    if device.type != "cpu" or dtype.itemsize != 2:
-        return reference_ops(), reasons
-    if f"amx_{'bf16' if dtype == torch.bfloat16 else 'fp16'}" not in _cpu_flags():
-        reasons += (
-            "Torch has no matrix instructions for 16-bit numbers on this CPU, so prompts may run slower than with --dtype "
-            "float32, which takes twice the memory.",
-        )
-    return few_shapes_ops(), reasons
-
-
-def _set_threads(num_threads: int, ops: Ops) -> None:
-    """Give the threads to whoever computes: the native kernels' pool (torch then stays on the caller's thread), or torch's."""
-    if ops.native is not None:
-        ops.native.set_threads(num_threads)
-    torch.set_num_threads(1 if ops.native is not None else num_threads)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _dtype(config: Config, spec: ModelSpec, folder: Path) -> torch.dtype:
-    """The precision to compute in."""
-    name: str | None = config.model.dtype
-    if name == "auto":
-        name = spec.dtype
-        if name is None and config.model.load_format != "dummy":
-            name = checkpoint_dtype(folder)
-    return DTYPES.get(name or "float32", torch.float32)
-
-
-def _cpu_flags() -> frozenset[str]:
-    """The CPU's features, as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _attention_need(config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device, comm: Comm) -> AttnNeed:

@@ -10,6 +10,7 @@ that is almost loaded speaks nonsense fluently. Pickle files are never opened.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minivllm.errors import BrokenModelFolder
-from minivllm.layers.source import ALL, Loadable, RowRange, TensorSource, Transposed
+from minivllm.layers.source import ALL, PIECE_VALUES, Loadable, RowRange, TensorSource, Transposed
 from minivllm.models.decoder import Decoder
 from minivllm.models.hub import weight_files
 from minivllm.models.spec import Weight, WeightNames
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM_ROWS = 1024
+STAGE_BYTES = 4 * PIECE_VALUES  # a piece of float32
 _REMEDY = "fetch the model again"
 
 
@@ -45,64 +47,121 @@ class FileTensor:
             return cast(Tensor, found[rows] if cols == ALL else found[rows, cols])
 
 
+class Staging:
+    """Two pages of pinned memory on the way to a GPU: one is filled, by all of torch's threads, while the other is copied to
+    the device. (From memory that is not pinned the driver copies piece by piece, on one thread.) Written by one loading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def send(self, piece: Tensor) -> Tensor:
+        """``piece`` on the device, ordered before what the current stream does next."""
+        if piece.nbytes > STAGE_BYTES:
+            return piece.to(self._device)
+        self._pages.reverse()
+        self._copied.reverse()
+        self._copied[0].synchronize()
+        page = self._pages[0][: piece.nbytes].view(piece.dtype).view(piece.shape)
+        sent = page.copy_(piece).to(self._device, non_blocking=True)
+        self._copied[0].record()
+        return sent
+
+
+def make_staging(device: torch.device) -> Staging | None:
+    """The way to ``device`` where there is one to go: weights for a CPU are read in place."""
+    return Staging(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class StagedTensor:
+    """A tensor in a safetensors file that stays open, for weights that go to a GPU: what the host maps meanwhile is the page
+    cache's, and does not stand beside the model."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    staging: Staging
+
+    def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
+        """See ``TensorSource``."""
+        found = self.file.get_slice(self.name)
+        return self.staging.send(found[rows] if cols == ALL else found[rows, cols])
+
+
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor of seeded random numbers; every rank slices the same ones."""
+    """A tensor of seeded random numbers; every rank slices the same ones.
+
+    They are made where they are wanted, since a GPU makes billions in a second and a CPU in minutes. Each device has numbers
+    of its own: on a CPU always those of float32, on another in the precision of the weights.
+    """
 
     shape: tuple[int, ...]
     seed: int
     mean: float
     deviation: float
+    dtype: torch.dtype
+    device: torch.device
 
     def read(self, rows: slice = ALL, cols: slice = ALL) -> Tensor:
         """See ``TensorSource``."""
         start, stop, _ = rows.indices(self.shape[0])
         first = start // RANDOM_ROWS
         blocks = [self._block(index) for index in range(first, -(-stop // RANDOM_ROWS))]
-        found = torch.cat(blocks)[start - first * RANDOM_ROWS : stop - first * RANDOM_ROWS]
+        found = (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[start - first * RANDOM_ROWS : stop - first * RANDOM_ROWS]
         return found if cols == ALL else found[:, cols]
 
     def _block(self, index: int) -> Tensor:
         """Some rows, from a seed of their own: a piece of a large tensor is made without the rest."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+        generator = torch.Generator(self.device).manual_seed((self.seed * 1_000_003 + index) % 2**63)
         num_rows = min(RANDOM_ROWS, self.shape[0] - index * RANDOM_ROWS)
-        return torch.empty((num_rows, *self.shape[1:])).normal_(self.mean, self.deviation, generator=generator)
+        block = torch.empty((num_rows, *self.shape[1:]), dtype=self.dtype, device=self.device)
+        return block.normal_(self.mean, self.deviation, generator=generator)
 
 
 def load_checkpoint(decoder: Decoder, names: WeightNames, folder: Path) -> None:
     """Fill ``decoder`` from the safetensors files of ``folder``; raises ``BrokenModelFolder`` or ``PicklesOnly``."""
+    staging = make_staging(decoder.final_norm.weight.device)
     found: dict[str, TensorSource] = {}
-    for path in weight_files(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+    with ExitStack() as opened:
+        for path in weight_files(folder):
+            with _open(path) as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+            kept = None if staging is None else opened.enter_context(_open(path))
+            for name, shape in shapes.items():
                 if name in found:
                     raise BrokenModelFolder(f"{path.name} holds the tensor {name} that another file holds too; {_REMEDY}.")
-                found[name] = FileTensor(path, name, tuple(file.get_slice(name).get_shape()))
-    _fill(decoder, names.places, _match(names, found))
+                found[name] = FileTensor(path, name, shape) if staging is None else StagedTensor(kept, name, shape, staging)
+        _fill(decoder, names.places, _match(names, found))
 
 
 def load_dummy(decoder: Decoder, names: WeightNames, seed: int) -> None:
     """Fill ``decoder`` with random weights, the same for a seed, scaled so that its greedy text is not one token."""
+    like = decoder.final_norm.weight
+    dtype = torch.float32 if like.device.type == "cpu" else like.dtype
     sources: dict[str, TensorSource] = {}
     for i, (name, places) in enumerate(names.places.items()):
         shape = list(_layer(decoder, places[0]).shape(places[0].part, places[0].tensor))
         shape[0] = max([shape[0], *(w.rows[1] for w in places if w.rows)])
         if places[0].transposed:
             shape.reverse()
-        sources[name] = _random_tensor(tuple(shape), places[0], seed * 1_000_003 + i)
+        mean, deviation = _spread(tuple(shape), places[0])
+        sources[name] = RandomTensor(tuple(shape), seed * 1_000_003 + i, mean, deviation, dtype, like.device)
     _fill(decoder, names.places, sources)
 
 
-def _random_tensor(shape: tuple[int, ...], place: Weight, seed: int) -> RandomTensor:
-    """Random numbers fit for the place: norms near one, matrices by their inputs, tables small beside what layers add."""
+def _spread(shape: tuple[int, ...], place: Weight) -> tuple[float, float]:
+    """Mean and deviation fit for the place: norms near one, matrices by their inputs, tables small beside what layers add."""
     if place.module.endswith("norm"):
-        return RandomTensor(shape, seed, 1.0 if place.tensor == "weight" else 0.0, 0.03)
+        return 1.0 if place.tensor == "weight" else 0.0, 0.03
     if len(shape) == 1:
-        return RandomTensor(shape, seed, 0.0, 0.03)
+        return 0.0, 0.03
     if place.module in ("embedding", "positions", "head_table"):
-        return RandomTensor(shape, seed, 0.0, 0.3)
+        return 0.0, 0.3
     num_in = shape[0] if place.transposed else shape[1]
-    return RandomTensor(shape, seed, 0.0, float(2.0 * num_in**-0.5))
+    return 0.0, float(2.0 * num_in**-0.5)
 
 
 def checkpoint_dtype(folder: Path) -> str | None:

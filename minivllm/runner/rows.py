@@ -6,6 +6,7 @@ this is the one copy of that state on the runner's side.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,40 @@ class RowStep:
     sampling: Int64  # [num_sampled]: places in the work whose row gets a token
 
 
-class Rows:
-    """Per-row tables. Written by the runner only (``tokens`` also by ``Pending.sample``, through ``put_tokens``)."""
+class Told(Protocol):
+    """Who must hear of what rows are given, because the device keeps it."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device) -> None:
-        self.block_size = block_size
+    def add_tokens(self, row: int, values: Sequence[int]) -> None:
+        """The tokens that a row begins with."""
+
+    def add_blocks(self, row: int, column: int, values: Sequence[int]) -> None:
+        """Blocks that a row is given, from ``column`` of its table on."""
+
+
+class TokenTable:
+    """Every row's tokens, where the model reads them. Written by ``Rows`` and, through ``put``, by ``Pending.sample``."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
         # One column more than the context: at depth 1 a sequence that ends there may be given a surplus token.
         self.tokens: Tensor = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int32, device=device)
+
+    def add_tokens(self, row: int, values: Sequence[int]) -> None:
+        """See ``Told``."""
+        self.tokens[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
+
+    def add_blocks(self, row: int, column: int, values: Sequence[int]) -> None:
+        """Nothing: backends that plan on the host read the tables of ``Rows``."""
+
+    def put(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """Write sampled tokens where the next step reads them; all [num_sampled] on the device."""
+        self.tokens[rows, positions] = token_ids.to(torch.int32)
+
+
+class Rows:
+    """Per-row tables on the host. Written by the runner only."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, told: Told) -> None:
+        self.block_size, self.max_model_len, self._told = block_size, max_model_len, told
         self.uid: Int64 = np.full(max_num_seqs, -1, dtype=np.int64)  # -1: nobody has the row
         self.num_prompt: Int64 = np.zeros(max_num_seqs, dtype=np.int64)
         self.known: Int64 = np.zeros(max_num_seqs, dtype=np.int64)  # tokens, sampled ones in flight included
@@ -55,8 +83,8 @@ class Rows:
     def take(self, new: NewRow) -> None:
         """A sequence takes its row."""
         num_tokens = len(new.token_ids)
-        if num_tokens >= self.tokens.shape[1]:
-            raise PlanError(f"row {new.row} brings {num_tokens} tokens, but the context ends at {self.tokens.shape[1] - 1}")
+        if num_tokens > self.max_model_len:
+            raise PlanError(f"row {new.row} brings {num_tokens} tokens, but the context ends at {self.max_model_len}")
         if len(new.block_ids) != len(self.block_tables):
             raise PlanError(f"row {new.row} brings blocks for {len(new.block_ids)} KV groups, not {len(self.block_tables)}")
         self.free(new.row)
@@ -64,7 +92,7 @@ class Rows:
         self.num_prompt[new.row] = new.num_prompt
         self.known[new.row] = num_tokens
         self.computed[new.row] = new.computed
-        self.tokens[new.row, :num_tokens] = torch.tensor(new.token_ids, dtype=torch.int32)
+        self._told.add_tokens(new.row, new.token_ids)
         self._add_blocks(new.row, new.block_ids)
 
     def begin(self, work: Sequence[RowWork]) -> RowStep:
@@ -96,10 +124,6 @@ class Rows:
         self.computed[step.rows] = step.ends
         self.known[step.rows[step.sampling]] = step.ends[step.sampling] + 1
 
-    def put_tokens(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """Write sampled tokens where the next step reads them; all [num_sampled] on the device."""
-        self.tokens[rows, positions] = token_ids.to(torch.int32)
-
     def _add_blocks(self, row: int, block_ids: tuple[tuple[int, ...], ...]) -> None:
         """Append blocks to the row's tables, per KV group; () brings none for any group."""
         for group, ids in enumerate(block_ids):
@@ -108,6 +132,7 @@ class Rows:
                 raise PlanError(f"row {row} is given {have + len(ids)} blocks, more than the context needs")
             self.block_tables[group][row, have : have + len(ids)] = ids
             self.num_blocks[group, row] = have + len(ids)
+            self._told.add_blocks(row, have, ids)
 
 
 def _first(bad: npt.NDArray[np.bool_]) -> int | None:

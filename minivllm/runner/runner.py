@@ -10,6 +10,7 @@ The runner never asks who a sequence belongs to, whether it is finished or why i
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,33 @@ from minivllm.attention.base import AttentionBackend, KVLayer
 from minivllm.kernels.ops import Ops
 from minivllm.models.decoder import Decoder
 from minivllm.runner.batch import Sampled, build_batch, to_device
-from minivllm.runner.rows import PlanError, Rows
+from minivllm.runner.rows import PlanError, Rows, TokenTable
 from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes
+
+
+class AnyRunner(Protocol):
+    """One device's share of a model and its running rows, however it computes."""
+
+    decoder: Decoder
+    caches: tuple[KVLayer, ...]
+    rows: Rows
+    sampler: "RowSampler"
+
+    def launch(self, plan: StepPlan) -> "AnyPending":
+        """Apply the plan's differences and start its step. Raises ``PlanError``."""
+
+    def prepare_more(self) -> bool:
+        """Nothing else is to be done: make later steps faster, a little at a time. False: there is nothing left to make."""
+
+
+class AnyPending(Protocol):
+    """A launched step."""
+
+    def sample(self, masks: None = None) -> None:
+        """Run the head and choose tokens."""
+
+    def result(self) -> StepResult:
+        """Wait for the tokens; row i of the result is the plan's work i."""
 
 
 class RowSampler(Protocol):
@@ -40,6 +66,16 @@ class RowSampler(Protocol):
         ``positions`` [num_sampled]: index in its sequence of the token to come; ``tokens`` [max_num_seqs, over max_model_len]
         int32: the known tokens of every row.
         """
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to compute: what runners are given."""
+
+    decoder: Decoder
+    caches: tuple[KVLayer, ...]  # one a layer
+    backend: AttentionBackend
+    ops: Ops
 
 
 class Pending:
@@ -66,8 +102,8 @@ class Pending:
         if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
             logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
         chosen = self.sampled
-        self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.rows.tokens)
-        self.runner.rows.put_tokens(chosen.device_rows, chosen.device_positions, self.token_ids)
+        self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.table.tokens)
+        self.runner.table.put(chosen.device_rows, chosen.device_positions, self.token_ids)
         self.hidden = None
 
     def result(self) -> StepResult:
@@ -88,55 +124,59 @@ class Pending:
 class Runner:
     """One device's share of a model and its running rows. Driven by one thread; the scheduler's plans are its only input."""
 
-    def __init__(
-        self, decoder: Decoder, caches: Sequence[KVLayer], backend: AttentionBackend, ops: Ops, rows: Rows, sampler: RowSampler
-    ) -> None:
-        self.decoder, self.caches, self.backend = decoder, tuple(caches), backend
-        self.ops, self.rows, self.sampler = ops, rows, sampler
+    def __init__(self, loaded: Loaded, rows: Rows, table: TokenTable, sampler: RowSampler) -> None:
+        """``table`` is the one that ``rows`` tells of tokens."""
+        self.decoder, self.caches, self.backend, self.ops = loaded.decoder, loaded.caches, loaded.backend, loaded.ops
+        self.rows, self.table, self.sampler = rows, table, sampler
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Apply the plan's differences and run the body. Raises ``PlanError``."""
-        self._refuse_unbuilt(plan)
+        refuse_unbuilt(plan)
         for row in plan.freed_rows:
             self.rows.free(row)
             self.sampler.free_row(row)
         for new in plan.new_rows:
             self.rows.take(new)
             self.sampler.set_row(new)
-        self._copy_blocks(plan.copies)
+        copy_blocks(plan.copies, self.caches, self.ops, self.table.tokens.device)
         if not plan.work:
             return Pending(self, plan, None, None)
         step = self.rows.begin(plan.work)
-        batch, sampled = build_batch(step, self.rows, self.backend)
+        batch, sampled = build_batch(step, self.rows, self.table.tokens, self.backend)
         self.rows.advance(step)
         hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
         if not sampled.work:
             return Pending(self, plan, None, None)
         return Pending(self, plan, hidden.index_select(0, batch.logit_rows), sampled)
 
-    def _copy_blocks(self, copies: Sequence[CopyBlock]) -> None:
-        """Copy whole blocks in every layer, all sources read before any is overwritten."""
-        if not copies:
-            return
-        places = np.array([[c.src for c in copies], [c.dst for c in copies]], dtype=np.int64)
-        src, dst = to_device(places, self.rows.tokens.device)
-        for cache in self.caches:
-            self.ops.copy_blocks(cache.k, src, dst)
-            self.ops.copy_blocks(cache.v, src, dst)
+    def prepare_more(self) -> bool:
+        """Nothing is left: this runner is as fast at once as it will be."""
+        return False
 
-    @staticmethod
-    def _refuse_unbuilt(plan: StepPlan) -> None:
-        """Raise ``PlanError`` for what the types can say and this runner cannot do."""
-        if plan.grammar_rows:
-            raise PlanError("grammar rows are not built")
-        for new in plan.new_rows:
-            if new.lora_slot:
-                raise PlanError("LoRA adapters are not built")
-        for work in plan.work:
-            if work.draft_ids:
-                raise PlanError("draft tokens are not built")
-            if work.wants & ~WANT_SAMPLE:
-                raise PlanError("prompt logprobs and pooling are not built")
-        if any(copy.group for copy in plan.copies):
-            raise PlanError("there is one KV group only")
+
+def copy_blocks(copies: Sequence[CopyBlock], caches: Sequence[KVLayer], ops: Ops, device: torch.device) -> None:
+    """Copy whole blocks in every layer, all sources read before any is overwritten."""
+    if not copies:
+        return
+    places = np.array([[c.src for c in copies], [c.dst for c in copies]], dtype=np.int64)
+    src, dst = to_device(places, device)
+    for cache in caches:
+        ops.copy_blocks(cache.k, src, dst)
+        ops.copy_blocks(cache.v, src, dst)
+
+
+def refuse_unbuilt(plan: StepPlan) -> None:
+    """Raise ``PlanError`` for what the types can say and no runner here can do."""
+    if plan.grammar_rows:
+        raise PlanError("grammar rows are not built")
+    for new in plan.new_rows:
+        if new.lora_slot:
+            raise PlanError("LoRA adapters are not built")
+    for work in plan.work:
+        if work.draft_ids:
+            raise PlanError("draft tokens are not built")
+        if work.wants & ~WANT_SAMPLE:
+            raise PlanError("prompt logprobs and pooling are not built")
+    if any(copy.group for copy in plan.copies):
+        raise PlanError("there is one KV group only")

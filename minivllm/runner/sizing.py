@@ -67,6 +67,25 @@ def settle(config: Config, spec: ModelSpec, shape: KVShape, fixed: FixedMemory, 
     return Sizes(length, num_blocks, num_blocks * block_bytes, workspace, tuple(notes))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a run of the largest step took."""
+
+    workspace_bytes: int
+    graphs_bytes: int  # set aside for captured steps
+
+
+def resettle(config: Config, sizes: Sizes, block_bytes: int, measured: Measured, device: torch.device) -> Sizes:
+    """Size the cache again, now that weights are loaded and the workspace was measured. Raises ``NotEnoughMemory``."""
+    workspace = measured.workspace_bytes + measured.graphs_bytes
+    num_blocks, _ = _num_blocks(config, sizes.max_model_len, block_bytes, workspace, device)
+    fits = (num_blocks - 1) * config.cache.block_size
+    notes = sizes.notes
+    if fits < sizes.max_model_len:
+        notes += (f"The context is capped at {fits} tokens, which is what the KV cache holds.",)
+    return Sizes(min(fits, sizes.max_model_len), num_blocks, num_blocks * block_bytes, workspace, notes)
+
+
 def _num_blocks(config: Config, length: int, block_bytes: int, other_bytes: int, device: torch.device) -> tuple[int, int]:
     """Return the number of blocks and the bytes that were there for them; raises ``NotEnoughMemory``."""
     cache = config.cache

@@ -16,6 +16,7 @@ from minivllm.scheduler.book import Book
 from minivllm.scheduler.draft import StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.request import NO_ROW, Request
+from minivllm.scheduler.room import StepRoom
 from minivllm.types import NewRow
 
 MAX_OVERTAKEN = 64  # later requests that may be admitted before one that waits for blocks
@@ -25,8 +26,9 @@ MAX_LOOKS = 8  # requests that do not fit which one step looks at: the cost of a
 class Planner:
     """Fills a ``StepDraft``. Holds no state of its own; moves requests in the book it was given."""
 
-    def __init__(self, book: Book, ledger: Ledger) -> None:
+    def __init__(self, book: Book, ledger: Ledger, room: StepRoom) -> None:
         self._book = book
+        self._room = room
         self._kv = book.kv
         self._ledger = ledger
         self._limits = book.limits
@@ -107,6 +109,9 @@ class Planner:
                 break
             if len(admitted) == len(self._book.free_rows):
                 draft.rest_waits = "rows: max_num_seqs requests are running"
+                break
+            if len(self._book.running) + len(admitted) >= self._room.rows:
+                draft.rest_waits = "memory: the device ran out of it, so fewer requests run for a while"
                 break
             if request.in_flight:
                 draft.waits.append((request.spec.id, "in flight: its last step's result is due"))

@@ -19,6 +19,7 @@ from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.planner import Planner
 from minivllm.scheduler.request import Request
+from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
     EngineOutput,
     FinishReason,
@@ -43,7 +44,8 @@ class Scheduler:
         self._kv = kv
         self._book = Book(limits, kv)
         self._ledger = Ledger()
-        self._planner = Planner(self._book, self._ledger)
+        self._room = StepRoom(limits.max_num_batched_tokens, limits.max_num_seqs)
+        self._planner = Planner(self._book, self._ledger, self._room)
         self._flights: deque[Flight] = deque()
         self._step = 0
 
@@ -87,7 +89,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """Plan the next step, or None when nothing can be planned now."""
-        draft = StepDraft(self._step, self.limits.max_num_batched_tokens)
+        draft = StepDraft(self._step, self._room.tokens)
         self._planner.fill(draft)
         if not draft.work:
             return None
@@ -106,6 +108,7 @@ class Scheduler:
         if not self._flights or self._flights[0].plan is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} is not the oldest in flight")
         flight = self._flights.popleft()
+        self._room.step_was_good()
         events: list[TokenEvent] = []
         if result.bad_rows:
             self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
@@ -181,17 +184,20 @@ class Scheduler:
             self._kv.unpublish(block for block, writer in written_by.items() if writer == uid)
             self._restart(self._book.live[uid])
 
-    def fail(self, message: str, now: float) -> EngineOutput:
+    def fail(self, message: str, now: float, out_of_memory: bool = False) -> EngineOutput:
         """A step could not be computed. Every plan in flight is void (later ones build on it); what they published is taken
-        back; their requests start over with the tokens they have, and end with an error at the second time."""
+        back; their requests start over with the tokens they have, and end with an error at the second time.
+
+        When the device was ``out_of_memory``, later steps are smaller; as long as they can be, that is no request's failure."""
         events: list[TokenEvent] = []
+        forgiven = out_of_memory and self._room.shrink()
         flights, self._flights = tuple(self._flights), deque()
         for flight in flights:
             self._kv.unpublish(block for _, block in flight.published)
         for request in {e.request.uid: e.request for f in flights for e in f.entries}.values():
             if not self._book.is_live(request):
                 continue
-            request.failures += 1
+            request.failures += not forgiven
             if request.failures < MAX_FAILURES:
                 self._restart(request)
             else:

@@ -20,7 +20,7 @@ from minivllm.types import EngineInfo, EngineOutput, TokenEvent
 class Counter:
     info = EngineInfo(64, 4, 64, 16, 9, 97, (), "cpu", "none", 0, 0, 0)
     def __init__(self):
-        self.open = {}
+        self.open, self.prepared = {}, 0
     @property
     def has_work(self):
         return bool(self.open)
@@ -31,6 +31,11 @@ class Counter:
     def abort(self, ids):
         for name in ids:
             self.open.pop(name, None)
+    def prepare_more(self):
+        assert not self.open, "requests go first"
+        self.prepared += 1
+        assert self.prepared <= 3, "asked again after it had said no"
+        return self.prepared < 3
     def step(self):
         events = []
         for name, counts in list(self.open.items()):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from minivllm.errors import BrokenModelFolder, UnsupportedModel
 from minivllm.models.hf_config import HFConfig
 from minivllm.models.registry import ARCHITECTURES, read_model
-from minivllm.runner.loader import checkpoint_dtype, weight_files
+from minivllm.runner import loader
+from minivllm.runner.loader import RandomTensor, Staging, checkpoint_dtype, weight_files
 
 PROMPT = [5, 9, 100, 42, 7, 7, 180]
 
@@ -134,6 +135,69 @@ def test_dummy_weights(copied: Any, make_driver: Any) -> None:
         assert first.tokens == again.tokens != other.tokens
         assert len(set(first.tokens)) >= 16
         assert torch.stack(first.logits).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (1024, 3), (2500, 5)])
+def test_random_numbers_are_the_same_for_every_slice(triton_device: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """In whatever pieces they are read, on the device where they are wanted and in its precision."""
+    source = RandomTensor(shape, 3, 1.0, 0.5, dtype, triton_device)
+    whole = source.read()
+    assert whole.shape == shape and whole.dtype == dtype and whole.device.type == triton_device.type
+    assert whole.isfinite().all() and whole.unique().numel() > 0.3 * min(whole.numel(), 1000)
+    assert not torch.equal(whole, RandomTensor(shape, 4, 1.0, 0.5, dtype, triton_device).read())
+    for start, stop in ((0, 1), (1, shape[0]), (1000, 1030), (2047, 2500)):
+        rows = slice(min(start, shape[0]), min(stop, shape[0]))
+        if rows.start < rows.stop:
+            assert torch.equal(source.read(rows), whole[rows])
+    if len(shape) == 2:
+        assert torch.equal(source.read(slice(1, 900), slice(1, 3)), whole[1:900, 1:3])
+        means = (whole.double().mean() - 1.0).abs(), (whole.double().std() - 0.5).abs()
+        assert max(means) < 0.05
+
+
+def test_random_numbers_on_a_cpu_stay_what_they_were() -> None:
+    """A model of dummy weights says the same in every version: from seeded blocks of float32, rounded afterwards."""
+    drawn = RandomTensor((2, 3), 5, 0.0, 0.3, torch.float32, torch.device("cpu")).read()
+    expected = torch.empty((2, 3)).normal_(0.0, 0.3, generator=torch.Generator().manual_seed(5 * 1_000_003))
+    assert torch.equal(drawn, expected)
+
+
+class StagingInMemory:
+    """Stands for ``Staging`` where there is no GPU, and counts."""
+
+    def __init__(self) -> None:
+        self.num_sent = 0
+
+    def send(self, piece: torch.Tensor) -> torch.Tensor:
+        self.num_sent += 1
+        return piece.clone()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
+def test_files_that_stay_open_give_the_same_weights(
+    case: str, tiny_model: Any, tiny_models: Any, tmp_path: Path, make_driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to a GPU, but for its copies: transposed and fused tensors, several files."""
+    tiny_models.save_model(case, tmp_path, max_shard_size="60KB")
+    expected = text_of(make_driver, tiny_model(case)[0])
+    staging = StagingInMemory()
+    monkeypatch.setattr(loader, "make_staging", lambda device: staging)
+    found = text_of(make_driver, tmp_path)
+    assert staging.num_sent > 10
+    assert expected[0] == found[0] and torch.equal(expected[1], found[1])
+
+
+def test_pieces_through_pinned_pages(triton_device: Any) -> None:
+    """Of every size and layout, more of them than there are pages, one larger than a page."""
+    if triton_device.type != "cuda":
+        pytest.skip("pinned memory needs a GPU")
+    staging = Staging(triton_device)
+    whole = torch.randn(3000, 2000)
+    cut = (whole[:7], whole[5:2000].bfloat16(), whole[:900, 3:1700], whole.t()[:1500, 1:1000], whole[0])
+    pieces = [whole, *cut, *whole[:64].split(8)]
+    sent = [staging.send(piece) for piece in pieces]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(sent, pieces, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ configs

@@ -111,12 +111,12 @@ def test_precisions(dtype: str, tiny_model: Any, make_driver: Any) -> None:
 
 
 def test_precision_of_the_checkpoint(tiny_model: Any, make_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minivllm.runner.build._cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr("minivllm.runner.choose._cpu_flags", lambda: frozenset({"avx2"}))
     folder = Path(tiny_model("llama-gqa")[0])
     assert make_driver(model=str(folder), dtype="auto").info.dtype == "float32"
     options = {"model": str(folder), "dtype": "float16", "cpu_kernels": "torch"}
     assert any("no matrix instructions for 16-bit" in note for note in make_driver(**options).info.notes)
-    monkeypatch.setattr("minivllm.runner.build._cpu_flags", lambda: frozenset({"amx_fp16", "amx_bf16"}))
+    monkeypatch.setattr("minivllm.runner.choose._cpu_flags", lambda: frozenset({"amx_fp16", "amx_bf16"}))
     assert not any("instructions" in n for n in make_driver(**options).info.notes)
 
 

@@ -16,8 +16,8 @@ from minivllm.models.spec import ModelSpec
 from minivllm.parallel.comm import SoloComm
 from minivllm.quant.base import linear_method
 from minivllm.runner.kv_cache import allocate
-from minivllm.runner.rows import PlanError, Rows
-from minivllm.runner.runner import Runner
+from minivllm.runner.rows import PlanError, Rows, TokenTable
+from minivllm.runner.runner import Loaded, Runner
 from minivllm.types import WANT_POOL, WANT_PROMPT_LOGPROBS, WANT_SAMPLE, CopyBlock, NewRow, RowWork, SamplingParams, StepPlan
 
 PROMPT = [11, 60, 3, 150, 77, 8, 9, 121, 33, 90, 4, 4, 18, 199 - 1, 54, 67, 70, 12, 31]
@@ -206,7 +206,8 @@ def test_nothing_assumes_the_cpu(invariant: bool) -> None:
         for layer in (m for m in decoder.modules() if hasattr(m, "finish")):
             layer.finish()
         caches = allocate(backend, torch.float16, 2, 40, device)
-        runner = Runner(decoder, caches, backend, ops, Rows(4, 256, 16, 1, device), ArgMax())
+        table = TokenTable(4, 256, device)
+        runner = Runner(Loaded(decoder, caches, backend, ops), Rows(4, 256, 16, 1, table), table, ArgMax())
         news = (new_row(token_ids=(5,) * 40, block_ids=((3, 4, 9),)), new_row(uid=2, row=1, block_ids=((5,),)))
         work = (RowWork(1, 0, 40, (), (), WANT_SAMPLE), RowWork(2, 1, 3, (), (), WANT_SAMPLE))
         for plan in (

@@ -12,6 +12,7 @@ from minivllm.errors import ContextTooLong, InvalidRequest
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.planner import MAX_OVERTAKEN
+from minivllm.scheduler.room import GOOD_STEPS, StepRoom
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo, GenerateRequest, SamplingParams, StepRecord, TokenEvent
 
@@ -251,6 +252,42 @@ def test_a_step_that_always_fails_ends_its_requests_with_an_error() -> None:
     bench.run()
     assert [(e.finish_reason, bool(e.error)) for e in bench.events] == [("error", True)]
     bench.assert_idle()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("memory", [{"memory_tokens": 20}, {"memory_rows": 2}, {"memory_tokens": 16, "memory_rows": 1}])
+def test_out_of_memory_makes_steps_smaller_and_costs_no_token(overlap: int, memory: dict[str, int]) -> None:
+    bench = Bench(overlap=overlap)
+    for name, value in memory.items():
+        setattr(bench.runner, name, value)
+    for i, prompt in enumerate(prompts(8, shared=9)):
+        bench.add(f"r{i}", prompt * 3, 12)
+    bench.run()
+    assert not [e for e in bench.events if e.error]
+    bench.expect_all()
+    bench.assert_idle()
+    assert any("memory: " in r.rest_waits for r in bench.records) == ("memory_rows" in memory)
+
+
+def test_memory_that_is_never_enough_ends_the_request() -> None:
+    bench = Bench()
+    bench.runner.memory_tokens = -1
+    bench.add("a", (1, 2, 3), 4)
+    bench.run()
+    assert [(e.finish_reason, bool(e.error)) for e in bench.events] == [("error", True)]
+    bench.assert_idle()
+
+
+def test_steps_grow_again_after_a_while_without_trouble() -> None:
+    room = StepRoom(64, 8)
+    while room.shrink():
+        assert room.tokens >= room.rows
+    assert (room.tokens, room.rows) == (16, 1)
+    for _ in range(3 * GOOD_STEPS - 1):
+        room.step_was_good()
+    assert room.reduced
+    room.step_was_good()
+    assert (room.tokens, room.rows, room.reduced) == (64, 8, False)
 
 
 @pytest.mark.parametrize("overlap", [0, 1])

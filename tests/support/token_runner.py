@@ -11,6 +11,7 @@ from hashlib import sha256
 
 import numpy as np
 
+from minivllm.errors import OutOfDeviceMemory
 from minivllm.types import WANT_SAMPLE, NewRow, RowWork, StepPlan, StepResult, StepTimes
 
 
@@ -78,6 +79,8 @@ class TokenRunner:
     vocab_size: int = 97
     accept: np.random.Generator | None = None  # draws how many drafts are accepted
     fail_steps: set[int] = field(default_factory=set)
+    memory_tokens: int | None = None  # a step of more tokens runs out of memory
+    memory_rows: int | None = None  # so does one of more rows
     bad_uids: set[int] = field(default_factory=set)
     bad_now: set[int] = field(default_factory=set)
     rows: dict[int, _Row] = field(default_factory=dict)
@@ -95,6 +98,8 @@ class TokenRunner:
                 if (copy.src, offset) in self.slots:
                     self.slots[copy.dst, offset] = self.slots[copy.src, offset]
         self.steps += 1
+        if plan.num_tokens > (self.memory_tokens or plan.num_tokens) or len(plan.work) > (self.memory_rows or len(plan.work)):
+            raise OutOfDeviceMemory("more than the device has")
         if plan.step in self.fail_steps:
             for work in plan.work:  # what a broken step leaves behind is garbage
                 row = self.rows[work.row]

@@ -1,0 +1,205 @@
+"""The runner of a device that runs behind the host: same promises as ``Runner``, but nothing is waited for.
+
+A step is one copy (its page), a kernel or two for what is new, and two pieces: the *body* from token ids to hidden states, and
+the *head*: logits, the drawn tokens, and these put where the next step reads them. Each piece is replayed as a graph where one
+was captured (``runner/graphs.py``). Then a copy of the tokens back to the host is asked for; ``Pending.result`` waits for that
+copy and for nothing else, and at depth 1 it does so while the next step is running.
+
+What only some requests ask of sampling (penalties, top-p and the like) runs as an eager tail in place of the head piece.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minivllm.attention.base import AttnMeta, DeviceAttention
+from minivllm.errors import OutOfDeviceMemory
+from minivllm.kernels.triton.sampling import Draw
+from minivllm.runner.graphs import Graphs, ladder
+from minivllm.runner.page import Int32, Runs
+from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
+from minivllm.runner.runner import Loaded, RowSampler, copy_blocks, refuse_unbuilt
+from minivllm.runner.stage import Stage
+from minivllm.types import StepPlan, StepResult, StepTimes
+
+DECODE, MIXED, HEAD = "decode", "mixed", "head"
+LEAST_MIXED = 16  # tokens: smaller steps with a prompt in them are padded up to this
+MAX_CAPTURED_TOKENS = 2048  # larger steps keep the device busy for longer than their launches take
+
+
+Captured = Mapping[str, Sequence[int]]
+
+
+def captured_sizes(max_num_seqs: int, max_num_tokens: int) -> Captured:
+    """The sizes of each part that are worth a graph."""
+    rows = ladder(max_num_seqs)
+    tokens = ladder(min(MAX_CAPTURED_TOKENS, max_num_tokens))
+    return {DECODE: rows, MIXED: tuple(n for n in tokens if n >= LEAST_MIXED), HEAD: rows}
+
+
+@runtime_checkable
+class Wishing(Protocol):
+    """A sampler that can say in numbers how rows draw, if they ask for nothing else."""
+
+    def plain(self, rows: Int64, positions: Int64) -> bool:
+        """True when no row asks for more than a temperature."""
+
+    def wishes(self, rows: Int64, positions: Int64) -> Int32:
+        """[num_sampled, WISH_FIELDS]: see ``kernels/triton/sampling.py``."""
+
+
+class DevicePending:
+    """A launched step. Written by the thread that drives the runner."""
+
+    def __init__(self, runner: "DeviceRunner", plan: StepPlan, step: RowStep | None, plain: bool) -> None:
+        self.runner, self.plan, self.step, self.plain = runner, plan, step, plain
+        self.launched_s = time.monotonic()
+        self.tokens: npt.NDArray[np.int32] | None = None  # [num_sampled]; read after ``arrived``
+        self.arrived: torch.cuda.Event | None = None
+        self.done = False
+
+    @torch.inference_mode()
+    def sample(self, masks: None = None) -> None:
+        """Launch the head and ask for the tokens. ``masks`` is where grammar masks will arrive; there are none yet."""
+        if masks is not None:
+            raise PlanError("grammar masks are not built")
+        self.done = True
+        if self.step is not None and len(self.step.sampling):
+            with self.runner.failing_whole():
+                self.tokens, self.arrived = self.runner.sample(self.step, self.plain)
+        self.runner.graphs.capture_missed()
+
+    def result(self) -> StepResult:
+        """Wait for the tokens; row i of the result is the plan's work i."""
+        if not self.done:
+            raise PlanError("sample() must be called before result()")
+        tokens: list[tuple[int, ...]] = [()] * len(self.plan.work)
+        bad_rows: list[int] = []
+        if self.tokens is not None and self.step is not None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            for place, token in zip(self.step.sampling.tolist(), self.tokens.tolist(), strict=True):
+                if token < 0:
+                    bad_rows.append(place)
+                    token = -1 - token
+                tokens[place] = (token,)
+        times = StepTimes(self.launched_s, time.monotonic())
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows))
+
+
+class DeviceRunner:
+    """One device's share of a model and its running rows. Driven by one thread; plans are its only input."""
+
+    def __init__(
+        self, loaded: Loaded, rows: Rows, runs: Runs, sampler: RowSampler, stage: Stage, draw: Draw, captured: Captured
+    ) -> None:
+        """``runs`` is what ``rows`` tells of tokens and blocks; ``captured``: sizes that may be captured, by part."""
+        self.decoder, self.caches, self.ops = loaded.decoder, loaded.caches, loaded.ops
+        self.backend = cast(DeviceAttention, loaded.backend)
+        self.rows, self.runs, self.sampler, self.stage, self._draw = rows, runs, sampler, stage, draw
+        parts: dict[str, Callable[[int], None]] = {
+            DECODE: lambda size: self.body(size, True, None),
+            MIXED: lambda size: self.body(size, False, None),
+            HEAD: self.head,
+        }
+        self.graphs = Graphs({name: (run, captured.get(name, ())) for name, run in parts.items()}, stage.blank, stage.device)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> DevicePending:
+        """Apply the plan's differences and launch the body. Raises ``PlanError``, ``OutOfDeviceMemory``."""
+        refuse_unbuilt(plan)
+        with self.failing_whole():
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> DevicePending:
+        for row in plan.freed_rows:
+            self.rows.free(row)
+            self.sampler.free_row(row)
+        for new in plan.new_rows:
+            self.rows.take(new)
+            self.sampler.set_row(new)
+        copy_blocks(plan.copies, self.caches, self.ops, self.stage.device)
+        if not plan.work:
+            return DevicePending(self, plan, None, True)
+        step = self.rows.begin(plan.work)
+        rows, positions = step.rows[step.sampling], step.ends[step.sampling]
+        plain = isinstance(self.sampler, Wishing) and self.sampler.plain(rows, positions)
+        starts = self.stage.send(step, self.runs, self._wishes(rows, positions))
+        self.rows.advance(step)
+        num_tokens, decode = int(starts[-1]), int(starts[-1]) == len(step.rows)
+        if not self.graphs.run(DECODE if decode else MIXED, num_tokens):
+            host = self.stage.on_host(step, starts, self.rows, num_tokens)
+            self.body(num_tokens, decode, host)
+        return DevicePending(self, plan, step, plain)
+
+    @contextmanager
+    def failing_whole(self) -> Iterator[None]:
+        """A step that fails leaves nothing behind for the next one. Raises ``OutOfDeviceMemory`` where that was the reason."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.runs.clear()
+            torch.cuda.empty_cache()
+            raise OutOfDeviceMemory(str(error)) from error
+        except BaseException:
+            self.runs.clear()
+            raise
+
+    def _wishes(self, rows: Int64, positions: Int64) -> Int32:
+        """How rows draw; for a sampler that cannot say it in numbers, only where their tokens go."""
+        if isinstance(self.sampler, Wishing):
+            return self.sampler.wishes(rows, positions)
+        zero = np.zeros_like(rows)
+        return np.stack([rows, positions, zero, zero, zero, zero], axis=1).astype(np.int32)
+
+    def body(self, num_tokens: int, decode: bool, host: AttnMeta | None) -> None:
+        """From the page to the hidden states that logits are wanted of. Can be captured when ``host`` is None."""
+        batch = self.stage.batch(num_tokens, decode, self.backend, host)
+        hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
+        torch.index_select(hidden, 0, batch.logit_rows, out=self.stage.sampled[: len(batch.logit_rows)])
+
+    def head(self, num_rows: int) -> None:
+        """From hidden states to tokens, for rows that ask for a temperature at most. Can be captured."""
+        logits = self.decoder.head(self.stage.sampled[:num_rows])  # [num_rows, vocab] float32
+        wishes = self.stage.wishes[:num_rows]
+        token_ids, finite = self._draw.draw(logits, wishes)
+        self._put(token_ids, finite, wishes)
+
+    def _put(self, token_ids: Tensor, finite: Tensor, wishes: Tensor) -> None:
+        """Put tokens [num_rows] where the next step and the host read them."""
+        self.stage.kernels.put(token_ids, finite, wishes, self.stage.tokens, self.stage.chosen[: len(token_ids)])
+
+    def sample(self, step: RowStep, plain: bool) -> tuple[npt.NDArray[np.int32], torch.cuda.Event | None]:
+        """Launch the head; the tokens as they will stand on the host, and the event after which they do."""
+        count = len(step.sampling)
+        if not plain:
+            self.tail(step)
+        elif not self.graphs.run(HEAD, count):
+            self.head(count)
+        if self.stage.device.type != "cuda":
+            return self.stage.chosen[:count].numpy().copy(), None
+        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        host.copy_(self.stage.chosen[:count], non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return host.numpy(), arrived
+
+    def tail(self, step: RowStep) -> None:
+        """In place of ``head``, for rows that ask for anything that the sampler knows."""
+        count = len(step.sampling)
+        logits = self.decoder.head(self.stage.sampled[:count])  # [num_sampled, vocab] float32
+        finite = self.ops.choose(logits)[1]
+        logits.masked_fill_(~finite[:, None], 0.0)  # a sampler need not know what to do with NaN
+        rows, positions = step.rows[step.sampling], step.ends[step.sampling]
+        self._put(self.sampler.sample(logits, rows, positions, self.stage.tokens), finite, self.stage.wishes[:count])
+
+    @torch.inference_mode()
+    def prepare_more(self) -> bool:
+        """Nothing else is to be done: capture one piece more. False: all are captured."""
+        return self.graphs.capture_next()
