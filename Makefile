@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: help install serve generate chat bench bench-cpu test lint clean
+.PHONY: help install serve generate chat bench bench-cpu bench-gpu test test-gpu lint clean
 
 help:
 	@echo 'make serve     serve the bundled model on 127.0.0.1:8000   ARGS="--port 8123" passes options on'
@@ -23,6 +23,8 @@ help:
 	@echo 'make chat      talk to the model in the terminal'
 	@echo 'make bench     measure offline throughput                  ARGS="--num-prompts 100"'
 	@echo 'make bench-cpu compare with other engines on the CPU       ARGS="--llama-cpp FOLDER --rounds 1"'
+	@echo 'make bench-gpu measure one NVIDIA GPU, two model shapes    ARGS="--model A"'
+	@echo 'make test-gpu  run the tests of GPU kernels on a GPU'
 	@echo 'make test      install what tests need, run them all       ARGS="tests/scheduler -x" runs fewer'
 	@echo 'make lint      ruff and mypy only'
 	@echo 'make clean     remove the installation and caches'
@@ -65,6 +67,9 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 bench-cpu: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
 
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -72,6 +77,11 @@ lint: $(VENV)/.installed-test
 # One thread per worker: two workers with all cores each would wait for each other's threads.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+# The kernels' tests compiled, on the GPU; without MINIVLLM_TEST_GPU they run in Triton's interpreter.
+GPU_TESTS := tests/kernels/triton_kernels tests/attention/test_triton.py tests/runner/test_device_runner.py tests/models/test_loader.py
+test-gpu: $(VENV)/.installed-test
+	MINIVLLM_TEST_GPU=1 $(BIN)/python -m pytest -n 8 $(GPU_TESTS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -224,7 +224,6 @@ def need_of(sizes: Sizes, **changes: Any) -> AttnNeed:
 def check_backend(sizes: Sizes, invariant: bool) -> dict[str, float]:
     """A prompt step, a mixed step and a decode step over the same cache; errors of each."""
     backend = TritonAttention(need_of(sizes, batch_invariant=invariant), replace(reference_ops(), chip=this_chip(DEVICE)))
-    print(backend.notes)
     layer = AttnLayer(sizes.num_heads, sizes.num_kv_heads, HEAD_DIM, SCALE, None)
     lengths = [1030, 2200, 300, 17, 3000, 64, 1024]
     cuts = [[1024, 1024, 250, 0, 2048, 63, 0], [1, 1100, 3, 16, 951, 0, 1023], [1] * 7]

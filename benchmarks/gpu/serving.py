@@ -3,8 +3,9 @@
     python -m benchmarks.gpu.serving [--model A] [--rows 16-18] [--out FILE] [--option NAME=VALUE ...]
 
 Streaming ``/v1/completions`` of 512 random prompt ids and 128 new tokens, greedy, exact lengths: 240 requests that arrive at 8
-a second (Poisson), 640 at 32 a second, 1,000 at once, one load after the other on one server, after 16 warm-up requests. Times
-are the client's (``minivllm.bench``). TTFT is from sending a request to its first token; an ITL is the gap between two events.
+a second (Poisson), 640 at 32 a second, 1,000 at once, one load after the other on one server, after 16 warm-up requests and
+some seconds in which the engine captures its graphs. Times are the client's (``minivllm.bench``). TTFT is from sending a
+request to its first token; an ITL is the gap between two events.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from minivllm.bench.workload import RandomShape, random_items
 from minivllm.cli.serve import _loop_factory, raise_open_files_limit
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
+SETTLE_S: Final = 20.0
 NAME: Final = "bench"  # under which the model is served
 INPUT_LEN, OUTPUT_LEN, NUM_WARM_UPS = 512, 128, 16
 STOP_TIMEOUT_S: Final = 20.0
@@ -112,6 +114,7 @@ def main() -> None:
     add_common(parser)
     parser.add_argument("--rows", default="16-18")
     parser.add_argument("--warm-ups", type=int, default=NUM_WARM_UPS, help="requests before the first load [16]")
+    parser.add_argument("--settle", type=float, default=SETTLE_S, help="seconds without load after these [20]")
     parser.add_argument("--log", type=Path, default=Path("build/bench-gpu/server.log"), metavar="FILE")
     args = parser.parse_args()
     model = MODELS[args.model]
@@ -127,6 +130,7 @@ def main() -> None:
     with server(model.folder(args.models_folder), options, args.log) as url:
         file.add(part="serving", options=options, ready_s=time.perf_counter() - begin_s)
         load(model, url, math.inf, args.warm_ups, seed=0)
+        time.sleep(args.settle)
         measure(loaded, chosen_rows(args.rows), file)
     print(table(file.records))
 

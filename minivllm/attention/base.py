@@ -121,6 +121,9 @@ class DeviceAttention(AttentionBackend, Protocol):
     def plan_on_device(self, meta: DeviceMeta) -> Any:
         """As ``plan``; launches a kernel or two and asks the device nothing."""
 
+    def workspace_bytes(self, num_tokens: int, max_model_len: int) -> int:
+        """Memory that a step of ``num_tokens`` may need over what the same step takes where it is captured."""
+
 
 class BackendClass(Protocol):
     """A backend before it is made: what ``select`` asks."""

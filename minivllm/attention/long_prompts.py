@@ -5,6 +5,7 @@ size it meets, which takes far longer than the attention itself; so it is given 
 pasts that are such multiples too, and what is left of a row goes to the Triton kernel as the row's next chunk would.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from minivllm.attention.base import AttnMeta, AttnNeed
 if TYPE_CHECKING:
     from minivllm.kernels.triton.chip import Chip
 
+log = logging.getLogger("minivllm")
 GRAIN = 4096  # queries; shorter prompts gain nothing (1.6 times at 8,192 after 24,576, and half as fast at 1,024)
 
 # (q [b, heads, n, dim], k and v [b, kv heads, m, dim], causal, scale) -> result like q, log of the denominators [b, heads, n]
@@ -105,22 +107,34 @@ def find_library(need: AttnNeed) -> tuple[Library | None, str]:
 
 
 class LongPrompts:
-    """Splits steps and calls the library. Holds nothing that changes."""
+    """Splits steps and calls the library. Written once, by the first step with a long prompt: cuDNN takes seconds to load, and
+    most servers never need it."""
 
     def __init__(self, need: AttnNeed, chip: "Chip", library: Library | None = None, grain: int = GRAIN) -> None:
         from minivllm.kernels.triton.past import Past  # as in ``triton.py``
 
-        self.grain, self._past, self.notes = grain, Past(chip), ""
-        self._library = library or plain
-        self.served = library is not None
-        if library is None:
-            found, self.notes = find_library(need)
-            self._library, self.served = found or plain, found is not None
+        self.grain, self._need, self._past = grain, need, Past(chip)
+        self._library, self._looked = library, library is not None
+
+    def workspace_bytes(self, num_tokens: int, max_model_len: int) -> int:
+        """What a step of ``num_tokens`` may need for a row's past, made dense, and for two results before they are one."""
+        if max_model_len < self.grain:
+            return 0
+        need = self._need
+        past = 2 * max_model_len * need.num_kv_heads * need.head_dim * need.dtype.itemsize
+        result = num_tokens * need.num_heads * (need.head_dim * need.dtype.itemsize + 4)
+        return past + 3 * result
 
     def plan(self, host: AttnMeta, block_tables: Tensor) -> LongStep | None:
         """What the library takes of a step; None: nothing. The rule is also in ``kernels/triton/attention_plan.py``."""
         counts = host.query_starts[1:] - host.query_starts[:-1]  # [num_rows]
-        if not self.served or not (counts >= self.grain).any():
+        if not (counts >= self.grain).any():
+            return None
+        if not self._looked:
+            self._looked = True
+            self._library, note = find_library(self._need)
+            log.info(note)
+        if self._library is None:
             return None
         pasts = host.context_lens - counts
         taken = np.where(pasts % self.grain == 0, counts // self.grain * self.grain, 0)
@@ -140,14 +154,17 @@ class LongPrompts:
     ) -> None:
         """Fill ``out`` [num_tokens, num_heads, head_dim] for the queries taken. ``qkv``: the step's, turned, dense but for v's
         tokens; the past is read from ``caches``."""
+        library = self._library
+        if library is None:
+            raise ValueError("no step was planned for a library")
         for call in step.calls:
             tokens = slice(call.first_token, call.first_token + call.num_rows * call.length)
             shape = (call.num_rows, call.length)
             q, k, v = (x[tokens].view(*shape, *x.shape[1:]).transpose(1, 2) for x in qkv)  # [rows, heads, length, head_dim]
-            own, own_log = self._library(q, k, v, True, scale)
+            own, own_log = library(q, k, v, True, scale)
             if call.table is None:
                 out[tokens].view(*shape, *out.shape[1:]).copy_(own.transpose(1, 2))
                 continue
             past_k, past_v = self._past.gather(caches, call.table, call.past, q.dtype)
-            past, past_log = self._library(q, past_k[None], past_v[None], False, scale)
+            past, past_log = library(q, past_k[None], past_v[None], False, scale)
             self._past.merge(out[tokens], (own[0], own_log[0].contiguous()), (past[0], past_log[0].contiguous()))

@@ -9,8 +9,8 @@ from minivllm.kernels.ops import Ops
 
 # Fastest first. Imported when asked, so that a backend's own imports cost nothing where it is not considered.
 PREFERENCE = (
-    "minivllm.attention.triton:TritonAttention",
     "minivllm.attention.native:NativeAttention",
+    "minivllm.attention.triton:TritonAttention",
     "minivllm.attention.torch_sdpa:TorchAttention",
     "minivllm.attention.invariant:InvariantAttention",
 )

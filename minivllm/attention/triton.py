@@ -53,7 +53,6 @@ class TritonAttention:
         self._kernels = PagedAttention(chip, sizes, usual_shapes(sizes, need.batch_invariant), need.device)
         self._planner = Planner(chip, self._kernels.tiling, need.num_kv_heads, need.windows, need.device)
         self.long_prompts = LongPrompts(need, chip)
-        self.notes = self.long_prompts.notes
 
     @staticmethod
     def missing(need: AttnNeed, ops: Ops) -> list[str]:
@@ -65,6 +64,10 @@ class TritonAttention:
         if need.num_heads // need.num_kv_heads > 64:
             reasons.append(f"{need.num_heads // need.num_kv_heads} query heads share a KV head, over 64")
         return reasons
+
+    def workspace_bytes(self, num_tokens: int, max_model_len: int) -> int:
+        """See ``DeviceAttention``."""
+        return self.long_prompts.workspace_bytes(num_tokens, max_model_len)
 
     def pool_shapes(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A head's part of a block is dense: [num_blocks, num_kv_heads, block_size, head_dim], K and V alike."""

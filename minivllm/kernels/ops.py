@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 FEW_SHAPES = "torch, few shapes"
 
 
+def _nothing() -> None:
+    """There is nothing to prepare."""
+
+
 @dataclass(frozen=True)
 class Ops:
     """One way of computing every op. Shapes and meanings: ``reference.py``."""
@@ -43,6 +47,7 @@ class Ops:
     choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+    prepare: Callable[[], None] = _nothing  # compile what calls of other sizes than those seen so far will need
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
     chip: "Chip | None" = None  # the GPU that this table's Triton kernels are launched on, where it uses some
 
@@ -159,6 +164,7 @@ def triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
         linear=products.linear,
         logits=products.logits,
         gated_linear=products.gated_linear,
+        prepare=products.prepare,
     )
 
 

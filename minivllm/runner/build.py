@@ -94,8 +94,9 @@ def _device_runner(
     from minivllm.runner.stage import Stage, StageSizes
     from minivllm.sampling.device import DeviceSampler
 
-    assert setup.ops.chip is not None  # or this runner would not have been chosen
-    spec, most, chip = decoder.spec, config.scheduler.max_num_seqs, setup.ops.chip
+    if (chip := setup.ops.chip) is None:
+        raise ValueError("this runner needs ops with Triton's kernels")
+    spec, most = decoder.spec, config.scheduler.max_num_seqs
     runs, draw = Runs(), Draw(chip)
     rows = Rows(most, sizes.max_model_len, kv.block_size, 1, runs)
     tokens = min(config.scheduler.max_num_batched_tokens, most * sizes.max_model_len)
@@ -110,6 +111,8 @@ def _device_runner(
     if setup.device.type == "cuda":
         sizes = resettle(config, sizes, kv.block_bytes(spec.num_layers), measure(runner, tokens), setup.device)
     runner.caches = allocate(setup.attention, kv.dtype, spec.num_layers, sizes.num_blocks, setup.device)
+    if setup.device.type == "cuda":
+        runner.warm_up()
     return runner, sizes
 
 

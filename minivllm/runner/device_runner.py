@@ -200,6 +200,15 @@ class DeviceRunner:
         self._put(self.sampler.sample(logits, rows, positions, self.stage.tokens), finite, self.stage.wishes[:count])
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Load the kernels of small steps, so that the first requests do not wait for a compiler."""
+        self.stage.blank()
+        for size, decode in ((1, True), (min(LEAST_MIXED, len(self.stage.token_ids)), False)):
+            self.body(size, decode, None)
+        self.head(1)
+        self.ops.prepare()
+
+    @torch.inference_mode()
     def prepare_more(self) -> bool:
         """Nothing else is to be done: capture one piece more. False: all are captured."""
         return self.graphs.capture_next()

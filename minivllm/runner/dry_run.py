@@ -29,6 +29,7 @@ def measure(runner: DeviceRunner, num_tokens: int) -> Measured:
     _run(runner, num_tokens)
     torch.cuda.synchronize(device)
     workspace = torch.cuda.max_memory_allocated(device) - before
+    workspace += runner.backend.workspace_bytes(num_tokens, runner.rows.max_model_len)
     torch.cuda.empty_cache()
     return Measured(workspace, _graphs_bytes(runner.graphs, workspace, num_tokens))
 
@@ -47,7 +48,7 @@ def _run(runner: DeviceRunner, num_tokens: int) -> None:
         wishes[:, 0] = stage.scratch_row
         starts = stage.send(step, runner.runs, wishes)
         count = int(starts[-1])
-        runner.body(count, count == num_rows, stage.on_host(step, starts, rows, count))
+        runner.body(count, count == num_rows, None)
         runner.head(num_rows)
     asked = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, frequency_penalty=0.1, max_tokens=1)
     for row in range(num_rows):

@@ -311,10 +311,11 @@ def test_selection_keeps_the_reasons(native_table: Any) -> None:
     assert select_backend(need(batch_invariant=True), native_table)[0].name == "native"
     backend, passed_over = select_backend(need(), reference_ops())
     assert backend.name == "torch-sdpa"
-    assert len(passed_over) == 1 and "native was passed over" in passed_over[0] and "not in use" in passed_over[0]
+    assert len(passed_over) == 2 and "native was passed over" in passed_over[0] and "not in use" in passed_over[0]
+    assert "triton was passed over" in passed_over[1] and "not in use" in passed_over[1]
     backend, passed_over = select_backend(need(batch_invariant=True), reference_ops())
     assert backend.name == "batch-invariant"
-    assert len(passed_over) == 2 and "torch-sdpa" in passed_over[1] and "batch" in passed_over[1]
+    assert len(passed_over) == 3 and "torch-sdpa" in passed_over[2] and "batch" in passed_over[2]
 
 
 @pytest.mark.parametrize(

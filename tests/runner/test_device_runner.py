@@ -12,6 +12,7 @@ from minivllm.llm import LLM
 from minivllm.types import SamplingParams
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter computes with -inf and NaN as asked
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "num_threads": 1, "max_num_seqs": 5, "max_num_batched_tokens": 24, "num_gpu_blocks_override": 40,

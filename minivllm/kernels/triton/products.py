@@ -19,7 +19,9 @@ rows, and where it is as fast, the library's product serves.
 One stream at a time: the counters of who has arrived belong to the instance. Each launch leaves them at zero.
 """
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 MAX_ROWS = ROW_BUCKETS[-1]
 NUM_COUNTERS = 16384  # tiles of a split product at most
+COMPILERS = 16  # threads; most of a compilation runs outside the interpreter's lock
 BUFFERS_BYTES = 100 * 1024  # shared memory of a program, so that two fit in a multiprocessor
 BUCKET_OF = tuple(bucket_of(num_rows) for num_rows in range(MAX_ROWS + 1))
 
@@ -281,6 +284,7 @@ class Products:
         """``gated_activation`` serves behind a gated product of the library."""
         self._chip, self._table, self._gated_activation = chip, table, gated_activation
         self._plans: dict[tuple[str, str, int | None, int, int, torch.dtype], _Plan | None] = {}
+        self._seen: dict[tuple[str, str, torch.dtype, bool, int, int], Matrix] = {}
         self._counters: Tensor | None = None
 
     def pack(self, values: Tensor, scales: Tensor | None) -> Matrix:
@@ -294,21 +298,21 @@ class Products:
         """See ``reference.linear``."""
         if matrix.scales is not None:
             return reference.linear(x, matrix, bias)
-        plan = self._plan_for("linear", "", x, matrix) if x.shape[0] <= MAX_ROWS else None
+        plan = self._plan_for("linear", "", x, matrix, bias) if x.shape[0] <= MAX_ROWS else None
         return F.linear(x, matrix.values, bias) if plan is None else self.run(plan, x, matrix, bias, x.dtype)
 
     def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
         """See ``reference.logits``; here they are the sums themselves, not rounded to the type of ``x``."""
         if matrix.scales is not None:
             return reference.logits(x, matrix)
-        plan = self._plan_for("logits", "", x, matrix) if x.shape[0] <= MAX_ROWS else None
+        plan = self._plan_for("logits", "", x, matrix, None) if x.shape[0] <= MAX_ROWS else None
         return wide_product(x, matrix.values) if plan is None else self.run(plan, x, matrix, None, torch.float32)
 
     def gated_linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None, name: str) -> Tensor:
         """See ``reference.gated_linear``."""
         if matrix.scales is not None:
             return self._gated_activation(reference.linear(x, matrix, bias), name)
-        plan = self._plan_for("gated_linear", name, x, matrix) if x.shape[0] <= MAX_ROWS else None
+        plan = self._plan_for("gated_linear", name, x, matrix, bias) if x.shape[0] <= MAX_ROWS else None
         if plan is None:
             return self._gated_activation(F.linear(x, matrix.values, bias), name)
         return self.run(plan, x, matrix, bias, x.dtype)
@@ -336,13 +340,32 @@ class Products:
         plan.launch(x, x.stride(0), *tensors, num_rows, **plan.sizes)
         return out
 
-    def _plan_for(self, op: str, bend_name: str, x: Tensor, matrix: Matrix) -> _Plan | None:
+    def prepare(self) -> None:
+        """Compile every kernel that the products seen so far would need at other numbers of rows, some at a time.
+
+        From Triton's cache this takes milliseconds; without one, the first request of each size would wait for it.
+        """
+        jobs: list[Callable[[], None]] = []
+        for (op, bend_name, dtype, biased, num_out, num_in), matrix in self._seen.items():
+            out_dtype = torch.float32 if op == "logits" else dtype
+            for bucket in ROW_BUCKETS:
+                key = (op, bend_name, bucket, num_out, num_in, dtype)
+                if key not in self._plans:
+                    self._plans[key] = self._decide(op, bend_name, bucket, dtype, matrix)
+                if (plan := self._plans[key]) is not None:
+                    jobs.append(functools.partial(plan.compile, dtype, out_dtype, biased=biased))
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+
+    def _plan_for(self, op: str, bend_name: str, x: Tensor, matrix: Matrix, bias: Tensor | None) -> _Plan | None:
         """The plan for a product of at most ``MAX_ROWS`` rows; None where the library serves."""
         bucket = BUCKET_OF[x.shape[0]]
         key = (op, bend_name, bucket, matrix.num_out, matrix.num_in, x.dtype)
         try:
             return self._plans[key]
         except KeyError:
+            self._seen[op, bend_name, x.dtype, bias is not None, matrix.num_out, matrix.num_in] = matrix
             plan = self._plans[key] = self._decide(op, bend_name, bucket, x.dtype, matrix)
             return plan
 
