@@ -26,8 +26,9 @@ class StepRoom:
     def shrink(self) -> bool:
         """Allow half as much. False: it is as little as it can be."""
         self._good_steps = 0
-        if self.tokens // 2 >= max(self.rows, LEAST_TOKENS):
-            self.tokens //= 2
+        least = max(self.rows, LEAST_TOKENS)
+        if self.tokens > least:
+            self.tokens = max(self.tokens // 2, least)
         elif self.rows > 1:
             self.rows //= 2
         else:

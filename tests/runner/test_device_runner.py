@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minivllm.errors import InvalidOption
 from minivllm.llm import LLM
@@ -70,6 +71,29 @@ def test_preempted_sequences_go_on(make_llm: Callable[..., LLM], triton_options:
     sampling = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
     expected, found = ([c.token_ids for c in m.generate(prompts, sampling)] for m in (plain, llm))
     assert found == expected
+
+
+def test_running_out_of_memory_costs_no_token(
+    make_llm: Callable[..., LLM], triton_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of more than 16 tokens do not fit; what is running goes on in smaller ones, with the same text."""
+    from minivllm.runner.device_runner import DeviceRunner
+
+    prompts = [[3 * i + j for j in range(20)] for i in range(3)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu").generate(prompts, sampling)]
+    llm, body, tried = make_llm("llama-gqa", **triton_options, enforce_eager=True), DeviceRunner.body, []
+
+    def too_large(self: DeviceRunner, num_tokens: int, decode: bool, host: Any) -> None:
+        tried.append(num_tokens)
+        if num_tokens > 16:
+            raise torch.OutOfMemoryError("more than there is")
+        body(self, num_tokens, decode, host)
+
+    monkeypatch.setattr(DeviceRunner, "body", too_large)
+    assert [c.token_ids for c in llm.generate(prompts, sampling)] == expected
+    assert max(tried) > 16
+    llm.engine.check()
 
 
 def test_long_prompts_that_do_not_fit_on_a_page(

@@ -1,0 +1,111 @@
+"""When a piece of a step is captured, what serves until then, what a failed capture costs. Graphs are faked: no GPU needed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.runner.graphs import MISSES, Graphs, ladder
+
+SIZES = (1, 2, 4, 8, 16)
+
+
+class FakeGraph:
+    """Remembers what ran while it was capturing, and runs it again."""
+
+    current: "FakeGraph | None" = None
+    fails = False
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, int]] = []
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        if FakeGraph.fails:
+            raise RuntimeError("the driver refused")
+        FakeGraph.current = self
+
+    def capture_end(self) -> None:
+        FakeGraph.current = None
+
+    def replay(self) -> None:
+        LOG.extend(self.ran)
+
+
+LOG: list[tuple[str, int]] = []
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(FakeGraph, "fails", False)
+
+    def part(name: str) -> Callable[[int], None]:
+        return lambda size: FakeGraph.current.ran.append((name, size)) if FakeGraph.current else None
+
+    made = Graphs({name: (part(name), SIZES) for name in ("body", "head")}, lambda: None, torch.device("cpu"))
+    monkeypatch.setattr(made, "_stream", object())
+    LOG.clear()
+    yield made
+    LOG.clear()
+
+
+def test_a_piece_is_captured_after_it_was_missed_twice(graphs: Graphs) -> None:
+    for _ in range(MISSES):
+        graphs.capture_missed()
+        assert graphs.num_captured == 0
+        assert not graphs.run("body", 3)
+    graphs.capture_missed()
+    assert graphs.num_captured == 1
+    assert graphs.run("body", 3) and graphs.run("body", 4) and LOG == [("body", 4), ("body", 4)]
+    assert not graphs.run("head", 3)
+
+
+def test_a_larger_piece_serves_until_the_right_one_is_there(graphs: Graphs) -> None:
+    for _ in range(MISSES):
+        graphs.run("body", 8)
+    graphs.capture_missed()
+    assert graphs.run("body", 5) and LOG == [("body", 8)]
+    assert graphs.run("body", 1), "a few rows more cost nothing"
+    assert not graphs.run("body", 9) and not graphs.run("body", 17)
+
+
+def test_idle_time_captures_everything_smallest_first(graphs: Graphs) -> None:
+    turns = 1
+    while graphs.capture_next():
+        turns += 1
+    assert turns == graphs.num_captured == graphs.num_pieces == 2 * len(SIZES)
+    assert all(graphs.run("body", size) for size in range(1, 17)) and LOG[0] == ("body", 1) and LOG[-1] == ("body", 16)
+    assert graphs.largest == 16
+
+
+def test_a_capture_that_fails_is_not_tried_again_and_nothing_else_is_lost(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    for _ in range(MISSES):
+        graphs.run("body", 4)
+    graphs.capture_missed()
+    monkeypatch.setattr(FakeGraph, "fails", False)
+    while graphs.capture_next():
+        pass
+    assert graphs.num_captured == graphs.num_pieces - 1
+    assert graphs.run("body", 4) and LOG == [("body", 8)]  # the next one serves
+    assert graphs.run("head", 4)
+
+
+def test_without_a_gpu_nothing_is_captured() -> None:
+    graphs = Graphs({"body": (lambda size: None, SIZES)}, lambda: None, torch.device("cpu"))
+    assert not graphs.run("body", 1) and not graphs.capture_next()
+    graphs.capture_missed()
+    assert graphs.num_captured == 0
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000, 2048])
+def test_sizes_waste_little(largest: int) -> None:
+    sizes = ladder(largest)
+    assert sizes[-1] == largest and list(sizes) == sorted(set(sizes))
+    assert all(b - a <= max(8, a / 8) for a, b in pairwise(sizes))
