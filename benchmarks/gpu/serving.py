@@ -27,7 +27,7 @@ from benchmarks.gpu.table import RecordFile, table
 from minivllm.bench.load import Pace, Target, run_load
 from minivllm.bench.report import ServingWanted, serving_result
 from minivllm.bench.workload import RandomShape, random_items
-from minivllm.cli.serve import _loop_factory, raise_open_files_limit
+from minivllm.cli.serve import loop_factory, raise_open_files_limit
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 SETTLE_S: Final = 20.0
@@ -84,7 +84,7 @@ def load(model: Model, url: str, rate: float, count: int, seed: int) -> dict[str
     shape = model.shape
     items = random_items(RandomShape(input_len, output_len), count, shape.vocab_size, shape.avoided_ids, seed)
     target = Target(f"{url}/v1/completions", NAME, {"temperature": 0.0, "ignore_eos": True})
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         outcomes, duration_s = runner.run(run_load(target, items, Pace(rate, seed=seed)))
     if failed := [o.error for o in outcomes if not o.ok]:
         raise RuntimeError(f"{len(failed)} of {count} requests failed: {failed[0]}")

@@ -247,12 +247,12 @@ def run_serve(argv: Sequence[str]) -> int:
     """Load a server and print what its clients saw; 1 when no request came through."""
     from minivllm.bench.load import Pace
     from minivllm.bench.report import serving_details, serving_result, serving_text
-    from minivllm.cli.serve import _loop_factory
+    from minivllm.cli.serve import loop_factory
 
     found = _serve_parser().read(argv)
     wanted = _wanted(found)
     pace = Pace(found.request_rate, found.burstiness, found.max_concurrency, found.seed)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:  # the client must cost less than the server it measures
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:  # the client must cost less than the server it measures
         outcomes, duration_s = runner.run(_load(found, pace))
     result = serving_result(outcomes, duration_s, wanted)
     sys.stdout.write(serving_text(result, pace, wanted) + "\n")

@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     )
     raise_open_files_limit()
     check_port(config.server.host, config.server.port)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config))
 
 
@@ -55,7 +55,7 @@ def _import_server() -> None:
     import minivllm.server.http  # noqa: F401
 
 
-def _loop_factory() -> Callable[[], Any] | None:
+def loop_factory() -> Callable[[], Any] | None:
     """uvloop's event loop where it is installed (not on Windows): about twice as many streamed events per second."""
     try:
         import uvloop
