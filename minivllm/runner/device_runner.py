@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minivllm.attention.base import AttnMeta, DeviceAttention
 from minivllm.errors import OutOfDeviceMemory
-from minivllm.kernels.triton.sampling import Draw
+from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.runner.graphs import Graphs, ladder
 from minivllm.runner.page import Int32, Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
@@ -51,7 +51,7 @@ class Wishing(Protocol):
         """True when no row asks for more than a temperature."""
 
     def wishes(self, rows: Int64, positions: Int64) -> Int32:
-        """[num_sampled, WISH_FIELDS]: see ``kernels/triton/sampling.py``."""
+        """[num_sampled, NUM_WISHES]: see ``kernels/triton/sampling.py``."""
 
 
 class DevicePending:
@@ -155,8 +155,9 @@ class DeviceRunner:
         """How rows draw; for a sampler that cannot say it in numbers, only where their tokens go."""
         if isinstance(self.sampler, Wishing):
             return self.sampler.wishes(rows, positions)
-        zero = np.zeros_like(rows)
-        return np.stack([rows, positions, zero, zero, zero, zero], axis=1).astype(np.int32)
+        wishes = np.zeros((len(rows), NUM_WISHES), dtype=np.int32)
+        wishes[:, 0], wishes[:, 1] = rows, positions
+        return wishes
 
     def body(self, num_tokens: int, decode: bool, host: AttnMeta | None) -> None:
         """From the page to the hidden states that logits are wanted of. Can be captured when ``host`` is None."""

@@ -9,6 +9,7 @@ Kernels are loaded on the way, which a first request would otherwise wait for.
 import numpy as np
 import torch
 
+from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.runner.device_runner import DeviceRunner
 from minivllm.runner.graphs import Graphs
 from minivllm.runner.rows import RowStep
@@ -44,7 +45,7 @@ def _run(runner: DeviceRunner, num_tokens: int) -> None:
     ends[0] = rows.max_model_len
     every = np.arange(num_rows)
     for step in (RowStep(every, lengths, ends, every), RowStep(every, np.ones_like(lengths), ends, every)):
-        wishes = np.zeros((num_rows, 6), dtype=np.int32)
+        wishes = np.zeros((num_rows, NUM_WISHES), dtype=np.int32)
         wishes[:, 0] = stage.scratch_row
         starts = stage.send(step, runner.runs, wishes)
         count = int(starts[-1])

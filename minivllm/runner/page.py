@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.runner.rows import RowStep
 
 Int32 = npt.NDArray[np.int32]
 RUN_FIELDS = 5  # of a run: table, row, column, number of values, where on the page they stand (kernels/triton/steps.py)
 TOKENS, BLOCKS = 0, 1  # the tables that a run may be for
-WISH_FIELDS = 6  # row, position, temperature, seed (low, high), sample index: see kernels/triton/sampling.py
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class PageLayout:
 
     @property
     def wishes(self) -> int:
-        """[max_rows, WISH_FIELDS]: for whom, and how, a token is drawn."""
+        """[max_rows, NUM_WISHES]: for whom, and how, a token is drawn."""
         return self.places + self.max_rows
 
     @property
     def runs(self) -> int:
         """The end of the fixed part: runs, then their values."""
-        return self.wishes + self.max_rows * WISH_FIELDS
+        return self.wishes + self.max_rows * NUM_WISHES
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Runs:
 
 
 def fill(page: Int32, layout: PageLayout, step: RowStep, wishes: Int32, scratch_row: int) -> Int32:
-    """Write the fixed part of ``page`` and return the query starts [num_rows + 1]. ``wishes`` [num_sampled, WISH_FIELDS]: how
+    """Write the fixed part of ``page`` and return the query starts [num_rows + 1]. ``wishes`` [num_sampled, NUM_WISHES]: how
     each sampled row draws; what is left over is for the scratch row, which nobody reads."""
     num_rows, num_sampled = len(step.rows), len(step.sampling)
     starts = np.zeros(num_rows + 1, dtype=np.int32)
@@ -107,7 +107,7 @@ def fill(page: Int32, layout: PageLayout, step: RowStep, wishes: Int32, scratch_
     page[layout.contexts : layout.contexts + num_rows] = step.ends
     page[layout.rows : layout.rows + num_rows] = step.rows
     page[layout.places : layout.places + num_sampled] = starts[1:][step.sampling] - 1
-    table = page[layout.wishes : layout.runs].reshape(layout.max_rows, WISH_FIELDS)
+    table = page[layout.wishes : layout.runs].reshape(layout.max_rows, NUM_WISHES)
     table[:num_sampled] = wishes
     table[num_sampled:, 0] = scratch_row
     return starts

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from minivllm.attention.base import AttnMeta, DeviceAttention, DeviceMeta
+from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.kernels.triton.steps import StepKernels
 from minivllm.models.decoder import ForwardBatch
-from minivllm.runner.page import RUN_FIELDS, WISH_FIELDS, Int32, PageLayout, Runs, fill
+from minivllm.runner.page import RUN_FIELDS, Int32, PageLayout, Runs, fill
 from minivllm.runner.rows import Rows, RowStep
 
 MAX_PAGE = 2**22  # integers; what a step brings beyond that goes on pages of its own
@@ -52,11 +53,11 @@ class Stage:
         self.chosen = zeros(num_rows)
 
         self._blank = zeros(self.layout.runs)
-        self._blank[self.layout.wishes :: WISH_FIELDS] = self.scratch_row
+        self._blank[self.layout.wishes :: NUM_WISHES] = self.scratch_row
         at = self.layout
         self._starts, self._contexts = self.page[: at.contexts], self.page[at.contexts : at.rows]
         self._rows, self.places = self.page[at.rows : at.places], self.page[at.places : at.wishes]
-        self.wishes = self.page[at.wishes : at.runs].view(-1, WISH_FIELDS)
+        self.wishes = self.page[at.wishes : at.runs].view(-1, NUM_WISHES)
 
     def send(self, step: RowStep, runs: Runs, wishes: Int32) -> Int32:
         """Bring a step to the device in one copy. Returns its query starts [num_rows + 1] on the host."""

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from minivllm.kernels.triton.cutoff import Cutoff
-from minivllm.kernels.triton.sampling import Draw
+from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.sampling.batch import Feature, SampleBatch
 from minivllm.sampling.min_tokens import MinTokens
 from minivllm.sampling.penalties import Penalties
@@ -33,7 +33,7 @@ class DeviceSampler:
             MinTokens(max_num_seqs, vocab_size, eos_token_ids),
             Penalties(max_num_seqs),
         )
-        self._wishes = np.zeros((max_num_seqs, 6), dtype=np.int32)
+        self._wishes = np.zeros((max_num_seqs, NUM_WISHES), dtype=np.int32)
         self._wishes[:, 0] = np.arange(max_num_seqs)
         self._temperature = self._wishes.view(np.float32)[:, 2]
         self._top_k = np.zeros(max_num_seqs, dtype=np.int32)
@@ -55,7 +55,7 @@ class DeviceSampler:
         """A sequence left its row. Nothing to do: ``set_row`` writes every value, and no row is sampled without it."""
 
     def wishes(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """How ``rows`` draw the tokens at ``positions``: [num_sampled, 6] int32, as ``Draw.draw`` takes it."""
+        """How ``rows`` draw the tokens at ``positions``: [num_sampled, NUM_WISHES] int32, as ``Draw.draw`` takes it."""
         found: np.ndarray = self._wishes[rows]
         found[:, 1] = positions
         return found
