@@ -109,7 +109,7 @@ class TritonAttention:
         k = None if long is None else heads.new_empty((heads.shape[0], layer.num_kv_heads, layer.head_dim))
         weights = None if norm is None else (norm.q, norm.k, norm.eps)
         q = self._turn.turn_and_write(heads, weights, angles, caches, plan.slots, k)  # [num_tokens, num_heads, head_dim]
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         few, many = plan.kinds[window]
         if few:
             self._kernels.few(plan.step, q, out, caches, layer.scale, window)

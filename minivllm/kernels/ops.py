@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 FEW_SHAPES = "torch, few shapes"
 
 
-def _nothing() -> None:
-    """There is nothing to prepare."""
-
-
 @dataclass(frozen=True)
 class Ops:
     """One way of computing every op. Shapes and meanings: ``reference.py``."""
@@ -47,7 +43,6 @@ class Ops:
     choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
-    prepare: Callable[[], None] = _nothing  # compile what calls of other sizes than those seen so far will need
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
     chip: "Chip | None" = None  # the GPU that this table's Triton kernels are launched on, where it uses some
 
@@ -126,16 +121,14 @@ def native_ops(library: "NativeLibrary") -> Ops:
     )
 
 
-def triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
-    """Triton's kernels for ``device``; on a CPU, in Triton's interpreter."""
+def triton_ops(chip: "Chip", batch_invariant: bool) -> Ops:
+    """Triton's kernels for ``chip``."""
     from minivllm.kernels.choices import load_choices
-    from minivllm.kernels.triton.chip import this_chip
     from minivllm.kernels.triton.elementwise import Elementwise
     from minivllm.kernels.triton.fixed_tiles import FixedTiles
     from minivllm.kernels.triton.products import Products
     from minivllm.kernels.triton.sampling import Draw
 
-    chip = this_chip(device)
     elementwise = Elementwise(chip)
     gated = elementwise.gated_activation
     table = replace(
@@ -164,7 +157,6 @@ def triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
         linear=products.linear,
         logits=products.logits,
         gated_linear=products.gated_linear,
-        prepare=products.prepare,
     )
 
 

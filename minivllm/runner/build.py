@@ -4,6 +4,8 @@ Memory is settled before a weight is read: the decoder is first made without sto
 of its weights on this rank. So a model that cannot fit is refused in a second, and the loaded one never grows.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from minivllm.runner.sizing import FEW_SHAPES_BYTES, FixedMemory, Sizes, resettl
 from minivllm.sampling.sampler import Sampler
 from minivllm.types import EngineInfo
 
+log = logging.getLogger("minivllm")
 MakeSampler = Callable[[int, int, tuple[int, ...]], RowSampler]
 
 
@@ -58,10 +61,14 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     kv = KVShape(need.block_size, need.num_kv_heads, need.head_dim, need.kv_dtype)
     fixed = FixedMemory(_weights_bytes(spec, setup), dtype, FEW_SHAPES_BYTES if ops.name == FEW_SHAPES else 0)
     sizes = settle(config, spec, kv, fixed, device)
+    kernels_are_ready = _rehearse(config, spec, setup, need, kv, sizes)
+    begin_s = time.monotonic()
     decoder = _load(config, blueprint, setup, folder, sizes)
+    log.info("The weights were loaded in %.1f s.", time.monotonic() - begin_s)
+    kernels_are_ready()
     if config.runner.batch_invariant and ops.native is None and ops.chip is None and config.model.quantization == "none":
         _check_invariant(decoder)
-    build = _host_runner if ops.chip is None or not hasattr(backend, "plan_on_device") else _device_runner
+    build = _device_runner if hasattr(backend, "plan_on_device") else _host_runner
     runner, sizes = build(config, decoder, setup, kv, sizes, make_sampler)
     chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
     said = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
@@ -85,35 +92,30 @@ def _device_runner(
     config: Config, decoder: Decoder, setup: Setup, kv: KVShape, sizes: Sizes, make_sampler: MakeSampler | None
 ) -> tuple[AnyRunner, Sizes]:
     """The runner that stays ahead of its device. Its cache is sized after a measured run of the largest step."""
-    from minivllm.kernels.triton.cutoff import Cutoff
-    from minivllm.kernels.triton.sampling import Draw
-    from minivllm.kernels.triton.steps import StepKernels
-    from minivllm.runner.device_runner import DeviceRunner, captured_sizes
+    from minivllm.runner.build_device import RunnerSizes, make_runner
+    from minivllm.runner.device_runner import captured_sizes
     from minivllm.runner.dry_run import measure
-    from minivllm.runner.page import Runs
-    from minivllm.runner.stage import Stage, StageSizes
-    from minivllm.sampling.device import DeviceSampler
 
-    if (chip := setup.ops.chip) is None:
-        raise ValueError("this runner needs ops with Triton's kernels")
-    spec, most = decoder.spec, config.scheduler.max_num_seqs
-    runs, draw = Runs(), Draw(chip)
-    rows = Rows(most, sizes.max_model_len, kv.block_size, 1, runs)
-    tokens = min(config.scheduler.max_num_batched_tokens, most * sizes.max_model_len)
-    graphs = captured_sizes(most, tokens) if setup.device.type == "cuda" and not config.runner.enforce_eager else {}
-    stage_sizes = StageSizes(most, tokens, sizes.max_model_len, spec.hidden_size)
-    stage = Stage(stage_sizes, rows, StepKernels(chip, kv.block_size, most), setup.dtype, setup.device)
-    make = make_sampler or partial(DeviceSampler, kernels=(draw, Cutoff(chip)))
-    scratch = allocate(setup.attention, kv.dtype, spec.num_layers, 2, setup.device)
-    loaded = Loaded(decoder, scratch, setup.attention, setup.ops)
-    runner = DeviceRunner(loaded, rows, runs, make(most, spec.vocab_size, spec.eos_ids), stage, draw, graphs)
-    del scratch, loaded
-    if setup.device.type == "cuda":
-        sizes = resettle(config, sizes, kv.block_bytes(spec.num_layers), measure(runner, tokens), setup.device)
-    runner.caches = allocate(setup.attention, kv.dtype, spec.num_layers, sizes.num_blocks, setup.device)
-    if setup.device.type == "cuda":
+    largest, on_gpu = RunnerSizes.of(config, sizes), setup.device.type == "cuda"
+    captured = on_gpu and not config.runner.enforce_eager
+    graphs = captured_sizes(largest.max_num_seqs, largest.max_num_tokens) if captured else {}
+    runner = make_runner(decoder, setup, kv, largest, make_sampler, graphs)
+    num_layers = decoder.spec.num_layers
+    if on_gpu:
+        sizes = resettle(config, sizes, kv.block_bytes(num_layers), measure(runner, largest.max_num_tokens), setup.device)
+    runner.caches = allocate(setup.attention, kv.dtype, num_layers, sizes.num_blocks, setup.device)
+    if on_gpu:
         runner.warm_up()
     return runner, sizes
+
+
+def _rehearse(config: Config, spec: ModelSpec, setup: Setup, need: AttnNeed, kv: KVShape, sizes: Sizes) -> Callable[[], None]:
+    """Begin to compile kernels in the background, where there are some; to be called: what waits for the end of it."""
+    if setup.device.type != "cuda" or not hasattr(setup.attention, "plan_on_device"):
+        return lambda: None
+    from minivllm.runner.build_device import Rehearsal, RunnerSizes
+
+    return Rehearsal(spec, setup, need, kv, RunnerSizes.of(config, sizes)).wait
 
 
 def _engine_info(config: Config, setup: Setup, runner: AnyRunner, sizes: Sizes, notes: tuple[str, ...]) -> EngineInfo:

@@ -26,7 +26,9 @@ def choose_device(config: Config) -> torch.device:
 def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Ops, tuple[str, ...]]:
     """The way of computing that fits the options and the machine, and why it is not the fast one. Raises ``InvalidOption``."""
     if (reason := _no_triton(config, dtype, device)) is None:
-        return triton_ops(device, config.runner.batch_invariant), ()
+        from minivllm.kernels.triton.chip import this_chip
+
+        return triton_ops(this_chip(device), config.runner.batch_invariant), ()
     reasons: tuple[str, ...] = (reason,) if device.type == "cuda" else ()
     if device.type == "cpu" and config.runner.cpu_kernels != "torch":
         try:

@@ -207,7 +207,6 @@ class DeviceRunner:
         for size, decode in ((1, True), (min(LEAST_MIXED, len(self.stage.token_ids)), False)):
             self.body(size, decode, None)
         self.head(1)
-        self.ops.prepare()
 
     @torch.inference_mode()
     def prepare_more(self) -> bool:

@@ -223,7 +223,7 @@ class PagedAttention:
         self.sizes, self.shapes, self._least_tiles = sizes, shapes, least_tiles
         self._dim_pad, self._group = padded(sizes.head_dim), group
         self._factor = 2.0 / sizes.soft_cap if sizes.soft_cap > 0 else LOG2_E  # see ``_absorb``
-        self._early = chip.early_launch
+        self._launch, self._early = chip.launch, chip.early_launch
         self._few_options = {"num_warps": few.num_warps, "num_stages": few.num_stages, **chip.launch_options}
         self._many_options = {"num_warps": many.num_warps, "num_stages": many.num_stages, **chip.launch_options}
         places = 0 if shapes.invariant else 2 * num_programs * few.tile_m  # a stretch has two ends that another may go on from
@@ -235,7 +235,8 @@ class PagedAttention:
         """Fill ``out`` [num_tokens, num_heads, head_dim], like ``q``, for the rows with few queries."""
         sizes, shape, parts = self.sizes, self.shapes.few, step.parts[window]
         used = padded(self._group) if step.single else shape.tile_m  # rows of a tile that can hold a query
-        _few[(self.tiling.num_programs,)](
+        self._launch(
+            _few, (self.tiling.num_programs,),
             q, out, *caches, step.block_tables, step.block_tables.stride(0), step.rows, step.context_lens,
             parts.first_query, parts.num_queries, parts.share_starts, parts.share_rows,
             self._counters, self._tops, self._bottoms, self._totals, scale * self._factor, step.rows.shape[0], window,
@@ -248,7 +249,8 @@ class PagedAttention:
         """The same for the other rows."""
         sizes, shape, parts = self.sizes, self.shapes.many, step.parts[window]
         num_items = q.shape[0] // self.tiling.item_queries + min(q.shape[0], step.rows.shape[0])  # at most
-        _many[(num_items * sizes.num_kv_heads,)](
+        self._launch(
+            _many, (num_items * sizes.num_kv_heads,),
             q, out, *caches, step.block_tables, step.block_tables.stride(0), step.rows, step.context_lens,
             parts.first_query, parts.num_queries, parts.item_starts, scale * self._factor, step.rows.shape[0], window,
             sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, self._dim_pad, caches[0].shape[2],

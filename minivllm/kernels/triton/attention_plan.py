@@ -73,14 +73,15 @@ class Planner:
         self.tiling, self._num_kv_heads = tiling, num_kv_heads
         self._sizes = [SEES_ALL if window is None else window for window in windows]
         self._windows = torch.tensor(self._sizes, dtype=torch.int32, device=device)
-        self._early, self._options = chip.early_launch, {"num_warps": 4, **chip.launch_options}
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, {"num_warps": 4, **chip.launch_options}
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, long_grain: int = 0) -> dict[int, Parts]:
         """The parts of a step under each window (``SEES_ALL`` for None). Leaves whole ``long_grain`` queries out."""
         num_windows, num_rows, num_programs = len(self._sizes), context_lens.shape[0], self.tiling.num_programs
         lengths = (num_rows, num_rows, num_rows + 1, num_rows + 1, num_programs)
         made = [torch.empty((num_windows, n), dtype=torch.int32, device=context_lens.device) for n in lengths]
-        _plan[(num_programs, num_windows)](
+        self._launch(
+            _plan, (num_programs, num_windows),
             query_starts, context_lens, self._windows, *made,
             num_rows, num_programs, self.tiling.few_queries, long_grain, self.tiling.least_tiles,
             self._num_kv_heads, self.tiling.tile_n, self.tiling.item_queries, max(padded(num_rows), LEAST_ROWS), SEES_ALL,

@@ -11,12 +11,20 @@ The rule that keeps it right: every kernel launched so calls ``wait_for_previous
 activations and its first write of anything. Then a kernel's end means that all before it have ended too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+Launch = Callable[..., None]  # (kernel, grid, *arguments, **constants and options)
+
+
+def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch ``kernel``; it is compiled first, if it never was for such arguments."""
+    kernel[grid](*arguments, **options)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Chip:
     name: str  # as in the table of choices; "interpreter" where kernels run as Python on a CPU
     num_sms: int  # streaming multiprocessors
     early_launch: bool  # programmatic dependent launch can be had
+    shared_bytes: int  # shared memory that a program may have
+    launch: Launch = launch_now  # how every kernel of ours is launched (or else compiled only: ``rehearsal.py``)
 
     @property
     def launch_options(self) -> dict[str, Any]:
@@ -36,9 +46,11 @@ class Chip:
 def this_chip(device: torch.device) -> Chip:
     """The chip of ``device``; for the CPU, Triton's interpreter."""
     if device.type != "cuda":
-        return Chip("interpreter", 4, early_launch=False)
-    found = torch.cuda.get_device_properties(device)
-    return Chip(found.name, found.multi_processor_count, early_launch=found.major >= 9)
+        return Chip("interpreter", 4, early_launch=False, shared_bytes=2**18)
+    found: Any = torch.cuda.get_device_properties(device)
+    return Chip(
+        found.name, found.multi_processor_count, early_launch=found.major >= 9, shared_bytes=found.shared_memory_per_block_optin
+    )
 
 
 @triton.jit

@@ -187,7 +187,7 @@ class Cutoff:
 
     def __init__(self, chip: Chip) -> None:
         self._num_programs = chip.num_sms * _PROGRAMS_PER_SM
-        self._early, self._options = chip.early_launch, chip.launch_options
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, chip.launch_options
 
     def lowest_kept(
         self, logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
@@ -206,8 +206,11 @@ class Cutoff:
         _, per_part, num_parts = split_row(vocab_size, block, min(-(-self._num_programs // num_rows), _MAX_PARTS))
         grid, options = (num_rows, num_parts), {"num_warps": _WARPS, **self._options}
         peaks = logits.new_empty((num_rows, num_parts))
-        _peaks[grid](logits, temperatures, peaks, logits.stride(0), per_part, vocab_size, block, self._early, **options)
-        _floors[(num_rows,)](
+        self._launch(
+            _peaks, grid, logits, temperatures, peaks, logits.stride(0), per_part, vocab_size, block, self._early, **options
+        )
+        self._launch(
+            _floors, (num_rows,),
             peaks, min_p, best, lowest, num_parts, _MAX_PARTS, min_p is not None, self._early, num_warps=1, **self._options
         )
         for wanted, mass in ((top_k, False), (top_p, True)):
@@ -217,11 +220,13 @@ class Cutoff:
             state = torch.empty((2, 3, num_rows), dtype=torch.int64, device=logits.device)
             for shift in range(_HIGHEST, -1, -4):
                 now = shift // 4 % 2
-                _narrow[grid](
+                self._launch(
+                    _narrow, grid,
                     logits, temperatures, wanted, best, lowest, sums[1 - now], sums[now], state[1 - now], state[now],
                     logits.stride(0), per_part, vocab_size, _LANES, _READS, _MAX_PARTS, shift, mass, self._early, **options,
                 )  # fmt: skip
-            _settle[(num_rows,)](
+            self._launch(
+                _settle, (num_rows,),
                 temperatures, wanted, sums[0], state[0], lowest, num_parts, vocab_size, _MAX_PARTS, mass, self._early, **options
             )
         return lowest

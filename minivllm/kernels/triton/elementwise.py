@@ -126,7 +126,7 @@ class Elementwise:
     """The elementwise ops of ``Ops``. Holds nothing that changes."""
 
     def __init__(self, chip: Chip) -> None:
-        self._early, self._options = chip.early_launch, chip.launch_options
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, chip.launch_options
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See ``reference.rms_norm``."""
@@ -149,7 +149,7 @@ class Elementwise:
     def activation(self, x: Tensor, name: str) -> Tensor:
         """See ``reference.activation``."""
         x, num_heads, dim, stride = _by_token(x)
-        out = _empty_like(x)
+        out = x.new_empty(x.shape)
         self._bent(x, out, (x.shape[0], num_heads * dim, stride), name, gated=False)
         return out
 
@@ -171,11 +171,12 @@ class Elementwise:
     def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool) -> Tensor:
         """A norm alone."""
         x, num_heads, dim, stride = _by_token(x)
-        out = _empty_like(x)
+        out = x.new_empty(x.shape)
         num_rows = x.shape[0] * num_heads
         block, rows, warps = _layout(dim)
         if num_rows:
-            _norm[(triton.cdiv(num_rows, rows),)](
+            self._launch(
+                _norm, (triton.cdiv(num_rows, rows),),
                 x, x, weight, bias, out, out, num_rows, stride, stride, eps, num_heads, dim, block, rows,
                 centred, False, bias is not None, self._early, num_warps=warps, **self._options,
             )  # fmt: skip
@@ -187,11 +188,12 @@ class Elementwise:
         """A norm of a sum, and the sum."""
         x, num_heads, dim, stride = _by_token(x)
         residual, _, _, residual_stride = _by_token(residual)
-        out, total = _empty_like(x), _empty_like(x)
+        out, total = x.new_empty(x.shape), x.new_empty(x.shape)
         num_rows = x.shape[0] * num_heads
         block, rows, warps = _layout(dim)
         if num_rows:
-            _norm[(triton.cdiv(num_rows, rows),)](
+            self._launch(
+                _norm, (triton.cdiv(num_rows, rows),),
                 x, residual, weight, bias, out, total, num_rows, stride, residual_stride, eps, num_heads, dim, block, rows,
                 centred, True, bias is not None, self._early, num_warps=warps, **self._options,
             )  # fmt: skip
@@ -202,7 +204,10 @@ class Elementwise:
         num_rows, dim, stride = shape
         if num_rows:
             grid = (num_rows, triton.cdiv(dim, _ROW_VALUES))
-            _activation[grid](x, out, stride, dim, _ROW_VALUES, BENDS[name], gated, self._early, num_warps=4, **self._options)
+            self._launch(
+                _activation, grid, x, out, stride, dim, _ROW_VALUES, BENDS[name], gated, self._early,
+                num_warps=4, **self._options,
+            )  # fmt: skip
 
     def _gathered(self, ids: Tensor, table: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows of ``table``."""
@@ -211,7 +216,9 @@ class Elementwise:
         if num_rows:
             grid = (num_rows, triton.cdiv(dim, _ROW_VALUES))
             scaled = scales is not None
-            _gather[grid](ids, table, scales, out, dim, _ROW_VALUES, scaled, self._early, num_warps=4, **self._options)
+            self._launch(
+                _gather, grid, ids, table, scales, out, dim, _ROW_VALUES, scaled, self._early, num_warps=4, **self._options
+            )
         return out
 
 
@@ -220,11 +227,6 @@ def _layout(dim: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(dim)
     rows = max(1, _SHARED_VALUES // block)
     return block, rows, min(max(block * rows // _WARP_VALUES, 1), _MAX_WARPS)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """A contiguous tensor of the shape of ``x``."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _by_token(x: Tensor) -> tuple[Tensor, int, int, int]:

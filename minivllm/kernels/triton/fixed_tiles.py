@@ -166,9 +166,9 @@ class FixedTiles:
         key = (tile, num_out, num_in, name)
         sizes = self._sizes.get(key)
         if sizes is None:
-            sizes = self._sizes[key] = self._sizes_of(*key, _most_stages(tile, x))
+            sizes = self._sizes[key] = self._sizes_of(*key, self._most_stages(tile, x))
         grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_out, sizes["BLOCK_N"]),)
-        tiles_kernel[grid](x, x.stride(0), matrix.values, bias, out, num_rows, **sizes)
+        self._chip.launch(tiles_kernel, grid, x, x.stride(0), matrix.values, bias, out, num_rows, **sizes)
         return out
 
     def _sizes_of(self, tile: Tile, num_out: int, num_in: int, name: str, stages: int) -> dict[str, Any]:
@@ -178,11 +178,7 @@ class FixedTiles:
         sizes |= {"BLOCK_K": tile.block_k, "GROUP": GROUP_M, "EARLY": self._chip.early_launch}
         return sizes | {"num_warps": tile.warps, "num_stages": stages, **self._chip.launch_options}
 
-
-def _most_stages(tile: Tile, x: Tensor) -> int:
-    """How many stages of ``tile`` fit in the chip's shared memory: smaller chips of a generation have half of the largest's."""
-    if x.device.type != "cuda":
-        return tile.stages
-    chip: Any = torch.cuda.get_device_properties(x.device)
-    stage_bytes = (tile.block_m + tile.block_n) * tile.block_k * x.element_size()
-    return max(2, min(tile.stages, int(chip.shared_memory_per_block_optin) // stage_bytes))
+    def _most_stages(self, tile: Tile, x: Tensor) -> int:
+        """How many stages of ``tile`` fit in shared memory: smaller chips of a generation have half of the largest's."""
+        stage_bytes = (tile.block_m + tile.block_n) * tile.block_k * x.element_size()
+        return max(2, min(tile.stages, self._chip.shared_bytes // stage_bytes))

@@ -59,7 +59,7 @@ class Past:
     """The two passes. Holds nothing that changes."""
 
     def __init__(self, chip: Chip) -> None:
-        self._early, self._options = chip.early_launch, {"num_warps": 4, **chip.launch_options}
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, {"num_warps": 4, **chip.launch_options}
 
     def gather(
         self, caches: tuple[Tensor, Tensor], table: Tensor, num_tokens: int, dtype: torch.dtype
@@ -67,7 +67,8 @@ class Past:
         """The first tokens of the row whose blocks are ``table`` [any] int32: K and V, [num_kv_heads, num_tokens, head_dim]."""
         _, num_kv_heads, block_size, head_dim = caches[0].shape
         k, v = (torch.empty((num_kv_heads, num_tokens, head_dim), dtype=dtype, device=table.device) for _ in range(2))
-        _gather[(-(-num_tokens // TOKENS), num_kv_heads)](
+        self._launch(
+            _gather, (-(-num_tokens // TOKENS), num_kv_heads),
             *caches, table, k, v, num_tokens, num_kv_heads, head_dim, padded(head_dim), block_size, TOKENS,
             self._early, **self._options,
         )  # fmt: skip
@@ -81,7 +82,8 @@ class Past:
         """
         num_tokens, num_heads, head_dim = out.shape
         (out1, log1), (out2, log2) = first, second
-        _merge[(num_tokens, -(-num_heads // HEADS))](
+        self._launch(
+            _merge, (num_tokens, -(-num_heads // HEADS)),
             out, out1, log1, out1.stride(0), out1.stride(1), out2, log2, out2.stride(0), out2.stride(1), num_tokens,
             num_heads, head_dim, padded(head_dim), HEADS, self._early, **self._options,
         )  # fmt: skip

@@ -19,9 +19,7 @@ rows, and where it is as fast, the library's product serves.
 One stream at a time: the counters of who has arrived belong to the instance. Each launch leaves them at zero.
 """
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +36,6 @@ from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 MAX_ROWS = ROW_BUCKETS[-1]
 NUM_COUNTERS = 16384  # tiles of a split product at most
-COMPILERS = 16  # threads; most of a compilation runs outside the interpreter's lock
 BUFFERS_BYTES = 100 * 1024  # shared memory of a program, so that two fit in a multiprocessor
 BUCKET_OF = tuple(bucket_of(num_rows) for num_rows in range(MAX_ROWS + 1))
 
@@ -244,7 +241,6 @@ class _Plan:
 
     kernel: Any
     grid: tuple[int, int]
-    launch: Callable[..., Any]  # kernel[grid]
     sizes: dict[str, Any]  # keyword arguments: the constants of the kernel, and how to launch it
     num_in: int
     num_out: int  # columns of the result
@@ -263,13 +259,7 @@ class _Plan:
         shape = (c.split_k, 2 if bend_name else 1, c.block_m, num_out)
         kernel = {"dot": dot_kernel, "vector": vector_kernel}[c.kernel]
         grid, partial_shape = (num_tiles, c.split_k), shape if c.split_k > 1 else None
-        return _Plan(kernel, grid, kernel[grid], sizes, matrix.num_in, num_out, partial_shape)
-
-    def compile(self, dtype: torch.dtype, out_dtype: torch.dtype, *, biased: bool) -> None:
-        """Have it compiled, or read from Triton's cache, without a launch. Some threads may do so at once."""
-        partial = None if self.partial_shape is None else torch.float32
-        tensors = (dtype, dtype if biased else None, out_dtype, partial, torch.int32)  # dtypes stand for tensors
-        self.kernel.warmup(dtype, self.num_in, *tensors, 1, grid=self.grid, **self.sizes)
+        return _Plan(kernel, grid, sizes, matrix.num_in, num_out, partial_shape)
 
 
 class Products:
@@ -284,7 +274,6 @@ class Products:
         """``gated_activation`` serves behind a gated product of the library."""
         self._chip, self._table, self._gated_activation = chip, table, gated_activation
         self._plans: dict[tuple[str, str, int | None, int, int, torch.dtype], _Plan | None] = {}
-        self._seen: dict[tuple[str, str, torch.dtype, bool, int, int], Matrix] = {}
         self._counters: Tensor | None = None
 
     def pack(self, values: Tensor, scales: Tensor | None) -> Matrix:
@@ -298,23 +287,23 @@ class Products:
         """See ``reference.linear``."""
         if matrix.scales is not None:
             return reference.linear(x, matrix, bias)
-        plan = self._plan_for("linear", "", x, matrix, bias) if x.shape[0] <= MAX_ROWS else None
-        return F.linear(x, matrix.values, bias) if plan is None else self.run(plan, x, matrix, bias, x.dtype)
+        plan = self._plan_for("linear", "", x, matrix) if x.shape[0] <= MAX_ROWS else None
+        return library_product(x, matrix.values, bias) if plan is None else self.run(plan, x, matrix, bias, x.dtype)
 
     def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
         """See ``reference.logits``; here they are the sums themselves, not rounded to the type of ``x``."""
         if matrix.scales is not None:
             return reference.logits(x, matrix)
-        plan = self._plan_for("logits", "", x, matrix, None) if x.shape[0] <= MAX_ROWS else None
+        plan = self._plan_for("logits", "", x, matrix) if x.shape[0] <= MAX_ROWS else None
         return wide_product(x, matrix.values) if plan is None else self.run(plan, x, matrix, None, torch.float32)
 
     def gated_linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None, name: str) -> Tensor:
         """See ``reference.gated_linear``."""
         if matrix.scales is not None:
             return self._gated_activation(reference.linear(x, matrix, bias), name)
-        plan = self._plan_for("gated_linear", name, x, matrix, bias) if x.shape[0] <= MAX_ROWS else None
+        plan = self._plan_for("gated_linear", name, x, matrix) if x.shape[0] <= MAX_ROWS else None
         if plan is None:
-            return self._gated_activation(F.linear(x, matrix.values, bias), name)
+            return self._gated_activation(library_product(x, matrix.values, bias), name)
         return self.run(plan, x, matrix, bias, x.dtype)
 
     def lookup(self, ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
@@ -337,35 +326,16 @@ class Products:
         if plan.partial_shape is not None:
             partial = torch.empty(plan.partial_shape, dtype=torch.float32, device=x.device)
         tensors = (matrix.values, bias, out, partial, self._counters)
-        plan.launch(x, x.stride(0), *tensors, num_rows, **plan.sizes)
+        self._chip.launch(plan.kernel, plan.grid, x, x.stride(0), *tensors, num_rows, **plan.sizes)
         return out
 
-    def prepare(self) -> None:
-        """Compile every kernel that the products seen so far would need at other numbers of rows, some at a time.
-
-        From Triton's cache this takes milliseconds; without one, the first request of each size would wait for it.
-        """
-        jobs: list[Callable[[], None]] = []
-        for (op, bend_name, dtype, biased, num_out, num_in), matrix in self._seen.items():
-            out_dtype = torch.float32 if op == "logits" else dtype
-            for bucket in ROW_BUCKETS:
-                key = (op, bend_name, bucket, num_out, num_in, dtype)
-                if key not in self._plans:
-                    self._plans[key] = self._decide(op, bend_name, bucket, dtype, matrix)
-                if (plan := self._plans[key]) is not None:
-                    jobs.append(functools.partial(plan.compile, dtype, out_dtype, biased=biased))
-        with ThreadPoolExecutor(COMPILERS) as pool:
-            for done in [pool.submit(job) for job in jobs]:
-                done.result()
-
-    def _plan_for(self, op: str, bend_name: str, x: Tensor, matrix: Matrix, bias: Tensor | None) -> _Plan | None:
+    def _plan_for(self, op: str, bend_name: str, x: Tensor, matrix: Matrix) -> _Plan | None:
         """The plan for a product of at most ``MAX_ROWS`` rows; None where the library serves."""
         bucket = BUCKET_OF[x.shape[0]]
         key = (op, bend_name, bucket, matrix.num_out, matrix.num_in, x.dtype)
         try:
             return self._plans[key]
         except KeyError:
-            self._seen[op, bend_name, x.dtype, bias is not None, matrix.num_out, matrix.num_in] = matrix
             plan = self._plans[key] = self._decide(op, bend_name, bucket, x.dtype, matrix)
             return plan
 
@@ -378,11 +348,18 @@ class Products:
         return None if choice == LIBRARY else _Plan.of(self._chip, choice, matrix, bend_name)
 
 
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's ``x`` times ``weight`` transposed, plus ``bias``."""
+    if x.is_meta:  # in a rehearsal; torch would import its compiler to say the same
+        return x.new_empty((x.shape[0], weight.shape[0]))
+    return F.linear(x, weight, bias)
+
+
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """The library's ``x`` times ``weight`` transposed, as float32 sums that were never rounded to 16 bits where it has them."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return F.linear(x, weight).float()
+    return library_product(x, weight, None).float()
 
 
 def rule(key: ProductKey, num_sms: int) -> ProductChoice:

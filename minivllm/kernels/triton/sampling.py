@@ -216,7 +216,8 @@ class Draw:
     def __init__(self, chip: Chip, purpose: int = 0) -> None:
         """``purpose``: what the random numbers are for, the last word of Philox's counter (``sampling/philox.py``)."""
         self._num_programs, self._purpose = chip.num_sms * _PROGRAMS_PER_SM, purpose
-        self._compiled, self._early, self._options = chip.name != "interpreter", chip.early_launch, chip.launch_options
+        self._compiled, self._launch = chip.name != "interpreter", chip.launch
+        self._early, self._options = chip.early_launch, chip.launch_options
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See ``reference.choose``."""
@@ -246,12 +247,14 @@ class Draw:
             return token_ids, finite
         num_blocks, blocks_per_part, num_parts = split_row(vocab_size, 4 * _QUADS, -(-self._num_programs // num_rows))
         parts = torch.empty((3, num_rows, num_parts), dtype=torch.int32, device=device)
-        _search[(num_rows, num_parts)](
+        self._launch(
+            _search, (num_rows, num_parts),
             logits, wishes, lowest, parts, logits.stride(0), blocks_per_part, vocab_size, _QUADS,
             wishes is None, masked, lowest is not None, self._purpose, self._compiled, self._early,
             num_warps=_WARPS, **self._options,
         )  # fmt: skip
-        _best_part[(num_rows,)](
+        self._launch(
+            _best_part, (num_rows,),
             parts, token_ids, finite, num_parts, vocab_size, triton.next_power_of_2(num_blocks), self._early,
             num_warps=1, **self._options,
         )  # fmt: skip

@@ -81,7 +81,7 @@ class StepKernels:
 
     def __init__(self, chip: Chip, block_size: int, max_num_seqs: int) -> None:
         self._block_size, self._bits = block_size, max(1, max_num_seqs.bit_length())
-        self._early, self._options = chip.early_launch, chip.launch_options
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, chip.launch_options
 
     def scatter(self, page: Tensor, runs: Tensor, longest: int, tokens: Tensor, blocks: Tensor) -> None:
         """Write the runs of ``page`` [any] int32 into ``tokens`` and ``blocks`` [rows, columns] int32.
@@ -89,7 +89,8 @@ class StepKernels:
         ``runs`` [num_runs, 5] int32: table (0 tokens, 1 blocks), row, column, number of values, where on the page they stand.
         """
         grid = (runs.shape[0], triton.cdiv(longest, 1024))
-        _scatter[grid](page, runs, tokens, blocks, tokens.stride(0), blocks.stride(0), BLOCK=1024, FIELDS=runs.shape[1])
+        strides = (tokens.stride(0), blocks.stride(0))
+        self._launch(_scatter, grid, page, runs, tokens, blocks, *strides, BLOCK=1024, FIELDS=runs.shape[1])
 
     def expand(
         self, rows: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor, Tensor]
@@ -100,7 +101,8 @@ class StepKernels:
         tokens and blocks of every row. A padded token is token 0 at position 0 with a slot in block 0.
         """
         (starts, contexts, places), (tokens, blocks), num_tokens = rows, tables, out[0].shape[0]
-        _expand[(triton.cdiv(num_tokens, _BLOCK),)](
+        self._launch(
+            _expand, (triton.cdiv(num_tokens, _BLOCK),),
             starts, contexts, places, tokens, blocks, *out, num_tokens, contexts.shape[0], tokens.stride(0), blocks.stride(0),
             BLOCK_SIZE=self._block_size, BITS=self._bits, BLOCK=_BLOCK, EARLY=self._early, **self._options,
         )  # fmt: skip
@@ -109,7 +111,8 @@ class StepKernels:
         """Put ``chosen`` [num_rows] into ``tokens`` at the (row, position) of ``wishes`` [num_rows, fields] int32; fill ``out``
         [num_rows] int32: the token, or -1 - token where the row is not ``finite``."""
         num_rows = chosen.shape[0]
-        _put[(triton.cdiv(num_rows, _BLOCK),)](
+        self._launch(
+            _put, (triton.cdiv(num_rows, _BLOCK),),
             chosen, finite, wishes, tokens, out, num_rows, tokens.stride(0),
             FIELDS=wishes.shape[1], BLOCK=_BLOCK, EARLY=self._early, **self._options,
         )  # fmt: skip

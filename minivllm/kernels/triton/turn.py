@@ -109,7 +109,7 @@ class Turn:
     def __init__(self, chip: Chip, num_heads: int, num_kv_heads: int) -> None:
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self._programs = -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_PROGRAM)  # of one token
-        self._early, self._options = chip.early_launch, {"num_warps": 2, **chip.launch_options}
+        self._launch, self._early, self._options = chip.launch, chip.early_launch, {"num_warps": 2, **chip.launch_options}
 
     def turn_and_write(
         self,
@@ -135,7 +135,8 @@ class Turn:
         half = 0 if angles is None else cos.shape[1]
         q_weight, k_weight, eps = (heads, heads, 0.0) if norm is None else norm
         k_cache, v_cache = caches
-        _turn[(num_tokens, self._programs)](
+        self._launch(
+            _turn, (num_tokens, self._programs),
             heads, q, k_cache, v_cache, q if k_out is None else k_out, slots, cos, sin, q_weight, k_weight, eps,
             self.num_heads, self.num_kv_heads, head_dim, half, padded(half), padded(head_dim - 2 * half),
             k_cache.shape[2], HEADS_PER_PROGRAM, norm is not None, k_out is not None, self._early, **self._options,

@@ -1,5 +1,7 @@
 """The draw on a GPU: the CPU's tokens, from noise that is bit for bit the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minivllm.kernels import reference
-from minivllm.kernels.triton.chip import Chip, this_chip
+from minivllm.kernels.triton.chip import this_chip
 from minivllm.kernels.triton.cutoff import Cutoff
 from minivllm.kernels.triton.sampling import Draw, gumbel, philox4x32, scaled
 from minivllm.sampling.batch import SampleBatch
@@ -232,7 +234,7 @@ def test_how_a_row_is_split_changes_nothing(triton_device: torch.device) -> None
     rows = Rows([SamplingParams(temperature=t) for t in (0.0, 1.0, 0.5)])
     chip = this_chip(triton_device)
     found = [
-        Draw(Chip(chip.name, num_sms, chip.early_launch)).draw(logits, rows.wishes(triton_device))[0].tolist()
+        Draw(replace(chip, num_sms=num_sms)).draw(logits, rows.wishes(triton_device))[0].tolist()
         for num_sms in (1, chip.num_sms)
     ]
     alone = Draw(chip).draw(logits[1:2], rows.wishes(triton_device)[1:2])[0].tolist()
