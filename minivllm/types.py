@@ -175,8 +175,22 @@ class CopyBlock(msgspec.Struct, frozen=True, gc=False):
     group: int = 0
 
 
+class SharedPrefix(msgspec.Struct, frozen=True, gc=False):
+    """Running rows whose block tables of KV group 0 begin with the same ``num_blocks`` blocks, all of them full."""
+
+    rows: tuple[int, ...]  # of the runner, rising
+    num_blocks: int
+
+
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
-    """One step, as deltas. The runner applies ``freed_rows``, ``new_rows``, ``copies`` and then ``work``, in this order."""
+    """One step, as deltas. The runner applies ``freed_rows``, ``new_rows``, ``copies`` and then ``work``, in this order.
+
+    ``shared`` is a fact about the running rows once ``new_rows`` are there, not an order and not a delta: a runner may read
+    these blocks once for all rows of an entry, or take no notice. A row is in one entry at most, and may have no work in this
+    step. K/V of all tokens in these blocks is there when attention reads: earlier steps wrote it, or one of the rows does in
+    this step. So a row with one token sees all of them, while a chunk of a prompt may begin inside. As long as nothing
+    changes, plan after plan holds the same tuple object (within one process).
+    """
 
     step: int
     work: tuple[RowWork, ...]
@@ -184,6 +198,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     freed_rows: tuple[int, ...] = ()
     copies: tuple[CopyBlock, ...] = ()
     grammar_rows: tuple[int, ...] = ()  # rows whose sampling waits for a mask
+    shared: tuple[SharedPrefix, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -81,6 +81,15 @@ class AttnMeta:
 
 
 @dataclass(frozen=True)
+class SharedShape:
+    """How a backend takes decodes whose contexts begin with the same blocks: it reads these blocks once for several rows."""
+
+    rows: int  # of an item: so many rows are served by one reading
+    grain: int  # tokens: only whole multiples of so many are read together
+    least_saved: int  # tokens that need not be read again; under this it is not worth the pass
+
+
+@dataclass(frozen=True)
 class DeviceMeta:
     """One step for a backend that plans on the device. Fixed addresses: a captured graph reads each step's values there."""
 
@@ -92,6 +101,7 @@ class DeviceMeta:
     block_size: int
     decode: bool  # every row has at most one token, and row i is token i: num_tokens == max_rows
     host: AttnMeta | None  # the same as host arrays, where the step is not captured; its block_tables are not kept
+    shared: tuple[Tensor, Tensor] | None = None  # seats and items of rows with a common beginning (``runner/sharing.py``)
 
 
 Angles = tuple[Tensor, Tensor]  # cos and sin of a step's tokens, [num_tokens, half] float32 each
@@ -117,6 +127,8 @@ class AttentionBackend(Protocol):
 
 class DeviceAttention(AttentionBackend, Protocol):
     """A backend whose plan is made on the device, so that a step can be captured in a graph."""
+
+    shared_shape: SharedShape | None  # None: common beginnings are nothing to it
 
     def plan_on_device(self, meta: DeviceMeta) -> Any:
         """As ``plan``; launches a kernel or two and asks the device nothing."""

@@ -1,7 +1,8 @@
 """Attention over the paged cache on a GPU, by Triton kernels that read a step's numbers from the device's memory.
 
 Three launches a layer at most: one pass that norms and turns q and k and writes the cache (``kernels/triton/turn.py``), one
-kernel for rows with few queries and one for the others (``kernels/triton/attention.py``). A step of decodes needs no third.
+kernel for rows with few queries and one for the others (``kernels/triton/attention.py``). A step of decodes needs no third, or
+else one for the beginnings that they have in common (``kernels/triton/shared_prefix.py``).
 No launch depends on how long contexts are, so a step can be captured in a graph and replayed over other sequences.
 
 Where a step is not captured and brings long prompts, a library may compute the bulk of these (``long_prompts.py``).
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minivllm.attention.base import Angles, AttnLayer, AttnMeta, AttnNeed, DeviceMeta, KVLayer
+from minivllm.attention.base import Angles, AttnLayer, AttnMeta, AttnNeed, DeviceMeta, KVLayer, SharedShape
 from minivllm.attention.long_prompts import LongPrompts, LongStep
 from minivllm.kernels.ops import Ops
-from minivllm.kernels.triton.attention_sizes import SEES_ALL, Sizes, Step, usual_shapes
+from minivllm.kernels.triton.attention_sizes import SEES_ALL, SharedItems, Sizes, Step, usual_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_SAVED = 8192  # tokens of a common beginning that are not read again: what the pass over it costs, measured
 MAX_HEAD_DIM = 256  # a tile of K and one of V, several times over, have to fit into a multiprocessor
 
 
@@ -42,6 +44,7 @@ class TritonAttention:
         # Imported when made: who only asks about this backend may have no Triton.
         from minivllm.kernels.triton.attention import PagedAttention
         from minivllm.kernels.triton.attention_plan import Planner
+        from minivllm.kernels.triton.shared_prefix import SharedPrefix
         from minivllm.kernels.triton.turn import Turn
 
         if ops.chip is None:
@@ -50,8 +53,12 @@ class TritonAttention:
         dtype = max(need.dtype, need.kv_dtype, key=lambda t: t.itemsize)
         sizes = Sizes(need.num_heads, need.num_kv_heads, need.head_dim, dtype)
         self._turn = Turn(chip, need.num_heads, need.num_kv_heads)
-        self._kernels = PagedAttention(chip, sizes, usual_shapes(sizes, need.batch_invariant), need.device)
-        self._planner = Planner(chip, self._kernels.tiling, need.num_kv_heads, need.windows, need.device)
+        shapes = usual_shapes(sizes, need.batch_invariant)
+        self._kernels, self._shared = PagedAttention(chip, sizes, shapes, need.device), SharedPrefix(chip, sizes, shapes)
+        tiling = self._kernels.tiling
+        self._planner = Planner(chip, tiling, need.num_kv_heads, need.windows, need.device)
+        usable = tiling.shared_rows and None in need.windows
+        self.shared_shape = SharedShape(tiling.shared_rows, tiling.shared_grain, LEAST_SAVED) if usable else None
         self.long_prompts = LongPrompts(need, chip)
 
     @staticmethod
@@ -85,8 +92,10 @@ class TritonAttention:
     def plan_on_device(self, meta: DeviceMeta) -> TritonPlan:
         """See ``DeviceAttention``."""
         long = None if meta.host is None or meta.decode else self.long_prompts.plan(meta.host, meta.block_tables)
-        parts = self._planner.plan(meta.query_starts, meta.context_lens, 0 if long is None else self.long_prompts.grain)
-        step = Step(parts, meta.block_tables, meta.rows, meta.context_lens, meta.decode)
+        shared = None if meta.shared is None else self._shared.prepare(SharedItems(*meta.shared))
+        grain = 0 if long is None else self.long_prompts.grain
+        parts = self._planner.plan(meta.query_starts, meta.context_lens, grain, shared)
+        step = Step(parts, meta.block_tables, meta.rows, meta.context_lens, meta.decode, shared)
         return TritonPlan(step, meta.slots, {window: self._kinds(window, meta, long) for window in parts}, long)
 
     def _kinds(self, window: int, meta: DeviceMeta, long: LongStep | None) -> tuple[bool, bool]:
@@ -111,6 +120,8 @@ class TritonAttention:
         q = self._turn.turn_and_write(heads, weights, angles, caches, plan.slots, k)  # [num_tokens, num_heads, head_dim]
         out = q.new_empty(q.shape)
         few, many = plan.kinds[window]
+        if plan.step.shared is not None and window == SEES_ALL:
+            self._shared.walk(plan.step, q, caches, layer.scale)
         if few:
             self._kernels.few(plan.step, q, out, caches, layer.scale, window)
         if many:

@@ -90,9 +90,7 @@ class Allocator:
         """The sequences that hold any of these (group, block)."""
         wanted = set(blocks)
         return {
-            uid
-            for uid, held in self._held.items()
-            if any((g, b) in wanted for g, ids in enumerate(held.blocks) for b in ids)
+            uid for uid, held in self._held.items() if any((g, b) in wanted for g, ids in enumerate(held.blocks) for b in ids)
         }
 
     # -- life of a sequence ----------------------------------------------------------------------------------------------
@@ -180,6 +178,10 @@ class Allocator:
     def held_blocks(self, uid: int) -> list[tuple[int, int]]:
         """Every (group, block) that a sequence holds."""
         return [(g, b) for g, ids in enumerate(self._held[uid].blocks) for b in ids]
+
+    def leading_blocks(self, uid: int, num_blocks: int) -> tuple[int, ...]:
+        """The first ``num_blocks`` blocks of a sequence in KV group 0, or all that it holds when these are fewer."""
+        return tuple(self._held[uid].blocks[0][:num_blocks])
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,8 @@ def _device_runner(
 
     largest, on_gpu = RunnerSizes.of(config, sizes), setup.device.type == "cuda"
     captured = on_gpu and not config.runner.enforce_eager
-    graphs = captured_sizes(largest.max_num_seqs, largest.max_num_tokens) if captured else {}
+    shares = getattr(setup.attention, "shared_shape", None) is not None
+    graphs = captured_sizes(largest.max_num_seqs, largest.max_num_tokens, shares=shares) if captured else {}
     runner = make_runner(decoder, setup, kv, largest, make_sampler, graphs)
     num_layers = decoder.spec.num_layers
     if on_gpu:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
+from typing import cast
 
 import torch
 
-from minivllm.attention.base import AttnNeed
+from minivllm.attention.base import AttnNeed, DeviceAttention
 from minivllm.attention.triton import TritonAttention
 from minivllm.config import Config
 from minivllm.kernels.ops import triton_ops
@@ -30,6 +31,7 @@ from minivllm.runner.kv_cache import KVShape, allocate
 from minivllm.runner.page import RUN_FIELDS, Runs
 from minivllm.runner.rows import Rows
 from minivllm.runner.runner import Loaded, RowSampler
+from minivllm.runner.sharing import most_items
 from minivllm.runner.sizing import Sizes
 from minivllm.runner.stage import Stage, StageSizes
 from minivllm.sampling.device import DeviceSampler
@@ -63,7 +65,8 @@ def make_runner(
     spec, most = decoder.spec, sizes.max_num_seqs
     runs, draw = Runs(), Draw(chip)
     rows = Rows(most, sizes.max_model_len, kv.block_size, 1, runs)
-    stage_sizes = StageSizes(most, sizes.max_num_tokens, sizes.max_model_len, spec.hidden_size)
+    items = most_items(most, cast(DeviceAttention, setup.attention).shared_shape)
+    stage_sizes = StageSizes(most, sizes.max_num_tokens, sizes.max_model_len, spec.hidden_size, items)
     stage = Stage(stage_sizes, rows, StepKernels(chip, kv.block_size, most), setup.dtype, setup.device)
     make = make_sampler or partial(DeviceSampler, kernels=(draw, Cutoff(chip)))
     scratch = allocate(setup.attention, kv.dtype, spec.num_layers, 2, setup.device)
@@ -111,15 +114,17 @@ def play(spec: ModelSpec, setup: Setup, need: AttnNeed, kv: KVShape, sizes: Runn
     stage.kernels.scatter(stage.page, stage.page[: 2 * RUN_FIELDS].view(2, RUN_FIELDS), 1, stage.tokens, stage.blocks)
     for num_rows in doublings(1, sizes.max_num_seqs):
         _body(runner, num_rows, decode=True)
+        if attention.shared_shape is not None:
+            _body(runner, num_rows, decode=True, shared=True)
         runner.head(num_rows)
         _filters(runner, chip, num_rows)
     for num_tokens in doublings(min(LEAST_MIXED, sizes.max_num_tokens), sizes.max_num_tokens):
         _body(runner, num_tokens, decode=False)
 
 
-def _body(runner: DeviceRunner, num_tokens: int, *, decode: bool) -> None:
+def _body(runner: DeviceRunner, num_tokens: int, *, decode: bool, shared: bool = False) -> None:
     """As ``DeviceRunner.body``, but for what torch does after it."""
-    runner.decoder.body(runner.stage.batch(num_tokens, decode, runner.backend, None), runner.caches)
+    runner.decoder.body(runner.stage.batch(num_tokens, decode, runner.backend, None, shared), runner.caches)
 
 
 def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:

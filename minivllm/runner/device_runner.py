@@ -21,14 +21,15 @@ from torch import Tensor
 from minivllm.attention.base import AttnMeta, DeviceAttention
 from minivllm.errors import OutOfDeviceMemory
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
-from minivllm.runner.graphs import Graphs, ladder
-from minivllm.runner.page import Int32, Runs
+from minivllm.runner.graphs import Graphs, Part, ladder
+from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
 from minivllm.runner.runner import Loaded, RowSampler, copy_blocks, refuse_unbuilt
+from minivllm.runner.sharing import Int32, Sharing
 from minivllm.runner.stage import Stage
 from minivllm.types import StepPlan, StepResult, StepTimes
 
-DECODE, MIXED, HEAD = "decode", "mixed", "head"
+DECODE, SHARED, MIXED, HEAD = "decode", "decode that shares", "mixed", "head"
 LEAST_MIXED = 16  # tokens: smaller steps with a prompt in them are padded up to this
 MAX_CAPTURED_TOKENS = 2048  # larger steps keep the device busy for longer than their launches take
 
@@ -36,11 +37,11 @@ MAX_CAPTURED_TOKENS = 2048  # larger steps keep the device busy for longer than 
 Captured = Mapping[str, Sequence[int]]
 
 
-def captured_sizes(max_num_seqs: int, max_num_tokens: int) -> Captured:
-    """The sizes of each part that are worth a graph."""
+def captured_sizes(max_num_seqs: int, max_num_tokens: int, *, shares: bool) -> Captured:
+    """The sizes of each part that are worth a graph. ``shares``: the backend looks at common beginnings."""
     rows = ladder(max_num_seqs)
     tokens = ladder(min(MAX_CAPTURED_TOKENS, max_num_tokens))
-    return {DECODE: rows, MIXED: tuple(n for n in tokens if n >= LEAST_MIXED), HEAD: rows}
+    return {DECODE: rows, SHARED: rows if shares else (), MIXED: tuple(n for n in tokens if n >= LEAST_MIXED), HEAD: rows}
 
 
 @runtime_checkable
@@ -103,12 +104,16 @@ class DeviceRunner:
         self.decoder, self.caches, self.ops = loaded.decoder, loaded.caches, loaded.ops
         self.backend = cast(DeviceAttention, loaded.backend)
         self.rows, self.runs, self.sampler, self.stage, self._draw = rows, runs, sampler, stage, draw
-        parts: dict[str, Callable[[int], None]] = {
+        shape = self.backend.shared_shape
+        self._sharing = None if shape is None else Sharing(shape, rows.block_size, stage.scratch_row)
+        runs_of: dict[str, Callable[[int], None]] = {
             DECODE: lambda size: self.body(size, True, None),
+            SHARED: lambda size: self.body(size, True, None, shared=True),
             MIXED: lambda size: self.body(size, False, None),
             HEAD: self.head,
         }
-        self.graphs = Graphs({name: (run, captured.get(name, ())) for name, run in parts.items()}, stage.blank, stage.device)
+        parts = {name: Part(run, captured.get(name, ()), name != SHARED) for name, run in runs_of.items()}
+        self.graphs = Graphs(parts, stage.blank, stage.device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> DevicePending:
@@ -130,12 +135,15 @@ class DeviceRunner:
         step = self.rows.begin(plan.work)
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         plain = isinstance(self.sampler, Wishing) and self.sampler.plain(rows, positions)
-        starts = self.stage.send(step, self.runs, self._wishes(rows, positions))
+        decode, seating = int(step.lengths.sum()) == len(step.rows), None
+        if decode and plan.shared and self._sharing is not None:
+            seating = self._sharing.seat(plan.shared, step.rows)
+        starts = self.stage.send(step, self.runs, self._wishes(rows, positions), seating)
         self.rows.advance(step)
-        num_tokens, decode = int(starts[-1]), int(starts[-1]) == len(step.rows)
-        if not self.graphs.run(DECODE if decode else MIXED, num_tokens):
+        num_tokens, part = int(starts[-1]), MIXED if not decode else DECODE if seating is None else SHARED
+        if not self.graphs.run(part, num_tokens):
             host = self.stage.on_host(step, starts, self.rows, num_tokens)
-            self.body(num_tokens, decode, host)
+            self.body(num_tokens, decode, host, shared=seating is not None)
         return DevicePending(self, plan, step, plain)
 
     @contextmanager
@@ -159,9 +167,9 @@ class DeviceRunner:
         wishes[:, 0], wishes[:, 1] = rows, positions
         return wishes
 
-    def body(self, num_tokens: int, decode: bool, host: AttnMeta | None) -> None:
+    def body(self, num_tokens: int, decode: bool, host: AttnMeta | None, *, shared: bool = False) -> None:
         """From the page to the hidden states that logits are wanted of. Can be captured when ``host`` is None."""
-        batch = self.stage.batch(num_tokens, decode, self.backend, host)
+        batch = self.stage.batch(num_tokens, decode, self.backend, host, shared)
         hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
         torch.index_select(hidden, 0, batch.logit_rows, out=self.stage.sampled[: len(batch.logit_rows)])
 

@@ -49,7 +49,7 @@ def _run(runner: DeviceRunner, num_tokens: int) -> None:
         wishes[:, 0] = stage.scratch_row
         starts = stage.send(step, runner.runs, wishes)
         count = int(starts[-1])
-        runner.body(count, count == num_rows, None)
+        runner.body(count, count == num_rows, None, shared=count == num_rows and runner.backend.shared_shape is not None)
         runner.head(num_rows)
     asked = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, frequency_penalty=0.1, max_tokens=1)
     for row in range(num_rows):

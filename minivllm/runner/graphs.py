@@ -38,17 +38,23 @@ def ladder(largest: int) -> tuple[int, ...]:
     return tuple(sorted({s for s in sizes if s < largest} | {largest}))
 
 
+class Part(NamedTuple):
+    """A part of a step that may be captured."""
+
+    run: Callable[[int], None]  # runs it at a padded size
+    sizes: Sequence[int]  # that may be captured, rising
+    when_idle: bool = True  # capture sizes that nobody asked for yet
+
+
 class Graphs:
     """The graphs there are, by piece. Written by the thread that drives the runner."""
 
-    def __init__(
-        self, parts: Mapping[str, tuple[Callable[[int], None], Sequence[int]]], blank: Callable[[], None], device: torch.device
-    ) -> None:
-        """``parts``: for each name what runs that part at a padded size, and the sizes that may be captured, rising.
-        ``blank`` makes the next run of a part one over padding alone."""
+    def __init__(self, parts: Mapping[str, Part], blank: Callable[[], None], device: torch.device) -> None:
+        """``blank`` makes the next run of a part one over padding alone."""
         self._blank = blank
-        self._run = {part: run for part, (run, _) in parts.items()}
-        self._sizes = {part: tuple(sizes) for part, (_, sizes) in parts.items()}
+        self._run = {name: part.run for name, part in parts.items()}
+        self._sizes = {name: tuple(part.sizes) for name, part in parts.items()}
+        self._when_idle = {name: tuple(part.sizes) for name, part in parts.items() if part.when_idle}
         self._device = device
         self._graphs: dict[Piece, torch.cuda.CUDAGraph] = {}
         self._captured: dict[str, list[int]] = {part: [] for part in parts}  # rising
@@ -85,7 +91,7 @@ class Graphs:
             return False
         left = [
             Piece(part, size)
-            for part, sizes in self._sizes.items()
+            for part, sizes in self._when_idle.items()
             for size in sizes
             if (piece := Piece(part, size)) not in self._graphs and piece not in self._failed
         ]

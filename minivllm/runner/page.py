@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.runner.rows import RowStep
+from minivllm.runner.sharing import Int32, Seating
 
-Int32 = npt.NDArray[np.int32]
 RUN_FIELDS = 5  # of a run: table, row, column, number of values, where on the page they stand (kernels/triton/steps.py)
 TOKENS, BLOCKS = 0, 1  # the tables that a run may be for
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Where on the page the fixed parts stand. ``max_rows`` is a multiple of 4, so that each part is aligned to 16 bytes."""
+    """Where on the page the fixed parts stand. Both sizes are multiples of 4, so that each part is aligned to 16 bytes."""
 
     max_rows: int
+    max_items: int = 0  # of rows with a common beginning (``sharing.py``); 0: nobody asks for them
 
     @property
     def contexts(self) -> int:
@@ -49,9 +49,19 @@ class PageLayout:
         return self.places + self.max_rows
 
     @property
+    def seats(self) -> int:
+        """[max_rows]: the seat of each row with a common beginning, -1 for the others."""
+        return self.wishes + self.max_rows * NUM_WISHES
+
+    @property
+    def items(self) -> int:
+        """[4 + 3 * max_items]: how many there are, then each one's row of the tables, shared tokens, rows."""
+        return self.seats + (self.max_rows if self.max_items else 0)
+
+    @property
     def runs(self) -> int:
         """The end of the fixed part: runs, then their values."""
-        return self.wishes + self.max_rows * NUM_WISHES
+        return self.items + (4 + 3 * self.max_items if self.max_items else 0)
 
 
 @dataclass
@@ -95,7 +105,9 @@ class Runs:
         self.heads, self.values = [], []
 
 
-def fill(page: Int32, layout: PageLayout, step: RowStep, wishes: Int32, scratch_row: int) -> Int32:
+def fill(
+    page: Int32, layout: PageLayout, step: RowStep, wishes: Int32, scratch_row: int, seating: Seating | None = None
+) -> Int32:
     """Write the fixed part of ``page`` and return the query starts [num_rows + 1]. ``wishes`` [num_sampled, NUM_WISHES]: how
     each sampled row draws; what is left over is for the scratch row, which nobody reads."""
     num_rows, num_sampled = len(step.rows), len(step.sampling)
@@ -107,7 +119,13 @@ def fill(page: Int32, layout: PageLayout, step: RowStep, wishes: Int32, scratch_
     page[layout.contexts : layout.contexts + num_rows] = step.ends
     page[layout.rows : layout.rows + num_rows] = step.rows
     page[layout.places : layout.places + num_sampled] = starts[1:][step.sampling] - 1
-    table = page[layout.wishes : layout.runs].reshape(layout.max_rows, NUM_WISHES)
+    table = page[layout.wishes : layout.seats].reshape(layout.max_rows, NUM_WISHES)
     table[:num_sampled] = wishes
     table[num_sampled:, 0] = scratch_row
+    if layout.max_items:
+        page[layout.seats : layout.items] = -1
+    if seating is not None:
+        page[layout.seats : layout.seats + num_rows] = seating.seats
+        page[layout.items] = len(seating.items)
+        page[layout.items + 4 : layout.items + 4 + seating.items.size] = seating.items.reshape(-1)
     return starts

@@ -16,8 +16,9 @@ from minivllm.attention.base import AttnMeta, DeviceAttention, DeviceMeta
 from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.kernels.triton.steps import StepKernels
 from minivllm.models.decoder import ForwardBatch
-from minivllm.runner.page import RUN_FIELDS, Int32, PageLayout, Runs, fill
+from minivllm.runner.page import RUN_FIELDS, PageLayout, Runs, fill
 from minivllm.runner.rows import Rows, RowStep
+from minivllm.runner.sharing import Int32, Seating
 
 MAX_PAGE = 2**22  # integers; what a step brings beyond that goes on pages of its own
 
@@ -30,6 +31,7 @@ class StageSizes:
     max_num_tokens: int  # of one step, padding included
     max_model_len: int
     hidden_size: int
+    max_items: int = 0  # see ``PageLayout``
 
 
 class Stage:
@@ -38,7 +40,7 @@ class Stage:
     def __init__(self, sizes: StageSizes, rows: Rows, kernels: StepKernels, dtype: torch.dtype, device: torch.device) -> None:
         self.device, self.kernels, self.block_size = device, kernels, rows.block_size
         num_rows, width = sizes.max_num_seqs, rows.block_tables[0].shape[1]
-        self.layout = PageLayout(-(-num_rows // 4) * 4)
+        self.layout = PageLayout(-(-num_rows // 4) * 4, sizes.max_items)
         self.scratch_row = num_rows
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -53,13 +55,15 @@ class Stage:
         self.chosen = zeros(num_rows)
 
         self._blank = zeros(self.layout.runs)
-        self._blank[self.layout.wishes :: NUM_WISHES] = self.scratch_row
+        self._blank[self.layout.wishes : self.layout.seats : NUM_WISHES] = self.scratch_row
+        self._blank[self.layout.seats : self.layout.items] = -1
         at = self.layout
         self._starts, self._contexts = self.page[: at.contexts], self.page[at.contexts : at.rows]
         self._rows, self.places = self.page[at.rows : at.places], self.page[at.places : at.wishes]
-        self.wishes = self.page[at.wishes : at.runs].view(-1, NUM_WISHES)
+        self.wishes = self.page[at.wishes : at.seats].view(-1, NUM_WISHES)
+        self._seats, self._items = self.page[at.seats : at.items], self.page[at.items : at.runs]
 
-    def send(self, step: RowStep, runs: Runs, wishes: Int32) -> Int32:
+    def send(self, step: RowStep, runs: Runs, wishes: Int32, seating: Seating | None = None) -> Int32:
         """Bring a step to the device in one copy. Returns its query starts [num_rows + 1] on the host."""
         packed, count, longest = runs.packed(self.layout.runs) if runs.heads else (None, 0, 0)
         size = self.layout.runs + (0 if packed is None else len(packed))
@@ -68,7 +72,7 @@ class Stage:
             packed, size = None, self.layout.runs
         host = torch.empty(size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         page = host.numpy()
-        starts = fill(page[: self.layout.runs], self.layout, step, wishes, self.scratch_row)
+        starts = fill(page[: self.layout.runs], self.layout, step, wishes, self.scratch_row, seating)
         if packed is not None:
             page[self.layout.runs :] = packed
         self.page[:size].copy_(host, non_blocking=True)
@@ -88,13 +92,17 @@ class Stage:
             target = (self.tokens, self.blocks)[table][row, column : column + len(values)]
             target.copy_(torch.tensor(values, dtype=torch.int32))
 
-    def batch(self, num_tokens: int, decode: bool, backend: DeviceAttention, host: AttnMeta | None) -> ForwardBatch:
-        """The tokens of the step whose page is on the device, padded to ``num_tokens``. Launches kernels; can be captured."""
+    def batch(
+        self, num_tokens: int, decode: bool, backend: DeviceAttention, host: AttnMeta | None, shared: bool = False
+    ) -> ForwardBatch:
+        """The tokens of the step whose page is on the device, padded to ``num_tokens``. Launches kernels; can be captured.
+        ``shared``: look at the seats on the page."""
         max_rows = self.max_rows(num_tokens)
         rows = (self._starts[: max_rows + 1], self._contexts[:max_rows], self._rows[:max_rows])
         out = (self.token_ids[:num_tokens], self.positions[:num_tokens], self.slots[:num_tokens])
         self.kernels.expand(rows, (self.tokens, self.blocks), out)
-        meta = DeviceMeta(*rows, self.blocks, out[2], self.block_size, decode, host)
+        seated = (self._seats[:max_rows], self._items) if shared else None
+        meta = DeviceMeta(*rows, self.blocks, out[2], self.block_size, decode, host, seated)
         return ForwardBatch(out[0], out[1], (backend.plan_on_device(meta),), self.places[:max_rows])
 
     def max_rows(self, num_tokens: int) -> int:

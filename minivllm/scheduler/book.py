@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.policy import POLICIES, by_claim
 from minivllm.scheduler.request import NO_ROW, Request
+from minivllm.scheduler.sharing import Sharing
 from minivllm.types import GenerateRequest
 
 
@@ -38,6 +39,7 @@ class Book:
         self.by_id: dict[str, Request] = {}
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.rows_to_free: list[int] = []  # not told to the runner yet
+        self.sharing = Sharing(kv.block_size)
         self._next_uid = 0
 
     def is_live(self, request: Request) -> bool:
@@ -63,6 +65,8 @@ class Book:
         for request in requests:
             self.waiting.remove(request)
             insort(self.running, request, key=by_claim)
+            full = request.num_known_at_start // self.kv.block_size
+            self.sharing.take(request.row, self.kv.leading_blocks(request.uid, full))
         if requests:
             del self.free_rows[-len(requests) :]
 
@@ -97,6 +101,7 @@ class Book:
         del self.running[bisect_left(self.running, request.claim, key=by_claim)]
         self.rows_to_free.append(request.row)
         self.free_rows.append(request.row)
+        self.sharing.leave(request.row)
         request.row = NO_ROW
 
     def problems(self) -> list[str]:
@@ -118,4 +123,23 @@ class Book:
                 found.append(f"request {r.uid} waits but holds blocks")
             if not r.computed <= r.scheduled <= len(r.token_ids) + r.pending:
                 found.append(f"request {r.uid}: computed {r.computed}, scheduled {r.scheduled} are out of step")
+        return found + self._sharing_problems()
+
+    def _sharing_problems(self) -> list[str]:
+        """What is wrong in what plans say of shared blocks: they must be the same ones, and computed or planned by now."""
+        found = []
+        shared = self.sharing.current()
+        on_row = {r.row: r for r in self.running}
+        if len({row for s in shared for row in s.rows}) != sum(len(s.rows) for s in shared):
+            found.append("a row shares its beginning twice")
+        for s in shared:
+            if list(s.rows) != sorted(s.rows) or not on_row.keys() >= set(s.rows):
+                found.append(f"rows {s.rows} share blocks but are out of order or not running")
+                continue
+            members = [on_row[row] for row in s.rows]
+            runs = {self.kv.leading_blocks(r.uid, s.num_blocks) for r in members}
+            if len(runs) != 1 or {len(run) for run in runs} != {s.num_blocks}:
+                found.append(f"rows {s.rows} do not begin with the same {s.num_blocks} blocks")
+            if any(r.scheduled < s.num_blocks * self.kv.block_size for r in members):
+                found.append(f"rows {s.rows} share blocks that nobody computed")
         return found

@@ -7,7 +7,7 @@ import msgspec
 
 from minivllm.kv.allocator import BlockIds
 from minivllm.scheduler.request import Request
-from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, StepPlan
+from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, SharedPrefix, StepPlan
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -61,11 +61,9 @@ class StepDraft:
         request.in_flight += 1
         request.planned_in = self.step
 
-    def finish(self, freed_rows: Sequence[int], now: float) -> Flight:
+    def finish(self, freed_rows: Sequence[int], shared: tuple[SharedPrefix, ...], now: float) -> Flight:
         """Freeze the step."""
-        plan = StepPlan(
-            self.step, tuple(self.work), tuple(self.new_rows), tuple(freed_rows), tuple(self.copies)
-        )
+        plan = StepPlan(self.step, tuple(self.work), tuple(self.new_rows), tuple(freed_rows), tuple(self.copies), shared=shared)
         return Flight(
             plan, tuple(self.entries), tuple(self.rows), tuple(self.published), tuple(self.waits), self.rest_waits, now
         )

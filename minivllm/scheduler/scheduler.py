@@ -96,7 +96,7 @@ class Scheduler:
         for new in draft.new_rows:
             request = self._book.live[new.uid]
             request.scheduled_s = now if request.scheduled_s is None else request.scheduled_s
-        flight = draft.finish(self._book.rows_to_free, now)
+        flight = draft.finish(self._book.rows_to_free, self._book.sharing.current(), now)
         self._book.rows_to_free = []
         self._flights.append(flight)
         self._step += 1

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from minivllm.errors import InvalidOption
 from minivllm.llm import LLM
+from minivllm.scheduler.sharing import Sharing
 from minivllm.types import SamplingParams
 
 pytest.importorskip("triton")
@@ -84,11 +86,11 @@ def test_running_out_of_memory_costs_no_token(
     expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu").generate(prompts, sampling)]
     llm, body, tried = make_llm("llama-gqa", **triton_options, enforce_eager=True), DeviceRunner.body, []
 
-    def too_large(self: DeviceRunner, num_tokens: int, decode: bool, host: Any) -> None:
+    def too_large(self: DeviceRunner, num_tokens: int, decode: bool, host: Any, *, shared: bool = False) -> None:
         tried.append(num_tokens)
         if num_tokens > 16:
             raise torch.OutOfMemoryError("more than there is")
-        body(self, num_tokens, decode, host)
+        body(self, num_tokens, decode, host, shared=shared)
 
     monkeypatch.setattr(DeviceRunner, "body", too_large)
     assert [c.token_ids for c in llm.generate(prompts, sampling)] == expected
@@ -104,6 +106,31 @@ def test_long_prompts_that_do_not_fit_on_a_page(
     expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu").generate(prompts, sampling)]
     monkeypatch.setattr("minivllm.runner.stage.MAX_PAGE", 30)
     assert [c.token_ids for c in make_llm("llama-gqa", **triton_options).generate(prompts, sampling)] == expected
+
+
+def test_common_beginnings_are_read_once(
+    make_llm: Callable[..., LLM], triton_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of two shared beginnings and one of its own: the same tokens, in steps that do look at who begins alike."""
+    from minivllm.runner.device_runner import DeviceRunner
+
+    shared = [[(11 * i + 5 * j) % 190 for j in range(40)] for i in range(2)]
+    prompts = [*([*shared[0], 7 + i, 9] for i in range(2)), *([*shared[1], 3 * i] for i in range(2)), [5, 6, 7]]
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    few = {"max_num_batched_tokens": 220}
+    expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu", **few).generate(prompts, sampling)]
+    monkeypatch.setattr("minivllm.scheduler.book.Sharing", partial(Sharing, min_rows=2, min_tokens=32))
+    monkeypatch.setattr("minivllm.attention.triton.LEAST_SAVED", 1)
+    body, shares = DeviceRunner.body, []
+
+    def noted(self: DeviceRunner, num_tokens: int, decode: bool, host: Any, *, shared: bool = False) -> None:
+        shares.append(shared)
+        body(self, num_tokens, decode, host, shared=shared)
+
+    llm = make_llm("llama-gqa", enforce_eager=True, **few, **triton_options)
+    monkeypatch.setattr(DeviceRunner, "body", noted)
+    assert [c.token_ids for c in llm.generate(prompts, sampling)] == expected
+    assert any(shares)
 
 
 def test_the_interpreter_must_be_asked_for(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.runner.graphs import MISSES, Graphs, ladder
+from minivllm.runner.graphs import MISSES, Graphs, Part, ladder
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -46,7 +46,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     def part(name: str) -> Callable[[int], None]:
         return lambda size: FakeGraph.current.ran.append((name, size)) if FakeGraph.current else None
 
-    made = Graphs({name: (part(name), SIZES) for name in ("body", "head")}, lambda: None, torch.device("cpu"))
+    made = Graphs({name: Part(part(name), SIZES) for name in ("body", "head")}, lambda: None, torch.device("cpu"))
     monkeypatch.setattr(made, "_stream", object())
     LOG.clear()
     yield made
@@ -98,7 +98,7 @@ def test_a_capture_that_fails_is_not_tried_again_and_nothing_else_is_lost(
 
 
 def test_without_a_gpu_nothing_is_captured() -> None:
-    graphs = Graphs({"body": (lambda size: None, SIZES)}, lambda: None, torch.device("cpu"))
+    graphs = Graphs({"body": Part(lambda size: None, SIZES)}, lambda: None, torch.device("cpu"))
     assert not graphs.run("body", 1) and not graphs.capture_next()
     graphs.capture_missed()
     assert graphs.num_captured == 0

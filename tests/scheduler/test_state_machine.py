@@ -18,6 +18,7 @@ from minivllm.errors import ContextTooLong
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
+from minivllm.scheduler.sharing import Sharing
 from minivllm.types import EngineOutput, GenerateRequest, SamplingParams
 
 VOCAB = 31
@@ -48,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         limits = Limits(max_num_seqs, budget, 64, (3,), batching, scheduling, drafts)
         self.kv = Allocator((num_blocks,), BLOCK, caching)
         self.scheduler = Scheduler(limits, self.kv)
+        self.scheduler._book.sharing = Sharing(BLOCK, min_rows=2, min_tokens=2 * BLOCK)  # prompts are short here
         self.runner = TokenRunner(BLOCK, num_blocks, max_num_seqs, VOCAB, np.random.default_rng(seed) if drafts else None)
         self.depth = depth
         self.flights: deque = deque()

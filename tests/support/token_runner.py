@@ -86,6 +86,7 @@ class TokenRunner:
     rows: dict[int, _Row] = field(default_factory=dict)
     slots: dict[tuple[int, int], bytes] = field(default_factory=dict)
     steps: int = 0
+    num_shared: int = 0  # entries of plans that said which rows begin with the same blocks
 
     def launch(self, plan: StepPlan) -> _Pending:
         """Compute a step in stream order."""
@@ -97,6 +98,7 @@ class TokenRunner:
             for offset in range(self.block_size):
                 if (copy.src, offset) in self.slots:
                     self.slots[copy.dst, offset] = self.slots[copy.src, offset]
+        self._check_shared(plan)
         self.steps += 1
         if plan.num_tokens > (self.memory_tokens or plan.num_tokens) or len(plan.work) > (self.memory_rows or len(plan.work)):
             raise OutOfDeviceMemory("more than the device has")
@@ -113,9 +115,7 @@ class TokenRunner:
             whole = [not self.rows[work.row].broken for work in plan.work]
             spans = [self._write(work) if ok else (0, 0) for work, ok in zip(plan.work, whole, strict=True)]
             self.bad_now = {work.uid for work in plan.work if work.uid in self.bad_uids}
-            tokens = [
-                self._read(work, span) if ok else (-1,) for work, span, ok in zip(plan.work, spans, whole, strict=True)
-            ]
+            tokens = [self._read(work, span) if ok else (-1,) for work, span, ok in zip(plan.work, spans, whole, strict=True)]
         except (IndexError, KeyError) as error:
             raise Corruption("the plan does not fit the rows") from error
         bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_now]
@@ -128,6 +128,21 @@ class TokenRunner:
         if not all(0 < b < self.num_blocks for b in blocks):
             raise Corruption("a block id outside the pool")
         self.rows[new.row] = _Row(new.uid, new.seed, list(new.token_ids), list(blocks), new.computed)
+
+    def _check_shared(self, plan: StepPlan) -> None:
+        """Rows that are said to begin with the same blocks do, and this step is the last that may write to these blocks."""
+        named = [row for entry in plan.shared for row in entry.rows]
+        if len(set(named)) != len(named) or not self.rows.keys() >= set(named):
+            raise Corruption("a row shares its beginning twice, or is free")
+        width = {work.row: work.num_tokens for work in plan.work}
+        for entry in plan.shared:
+            rows = [self.rows[row] for row in entry.rows]
+            if list(entry.rows) != sorted(entry.rows) or len({tuple(r.blocks[: entry.num_blocks]) for r in rows}) != 1:
+                raise Corruption(f"rows {entry.rows} are out of order or do not begin with the same blocks")
+            for row, r in zip(entry.rows, rows, strict=True):
+                if not r.broken and r.computed + width.get(row, 0) < entry.num_blocks * self.block_size:
+                    raise Corruption(f"row {row} shares blocks that it does not see in this step")
+        self.num_shared += len(plan.shared)
 
     def _slot(self, row: _Row, position: int) -> tuple[int, int]:
         return row.blocks[position // self.block_size], position % self.block_size

@@ -10,6 +10,8 @@ it leaves its sums (maximum, denominator, weighted values) in memory, and whoeve
 together in the order of positions: which one that is changes nothing in the result. ``_many`` (prompts): a program holds more
 queries and walks all that they see, so nothing is put together.
 
+Decodes that begin alike have that beginning walked for all of them (``shared_prefix.py``); ``_few`` goes on from there.
+
 A cache slot that nobody owns may hold anything, NaN too. No kernel reads one: positions past a context's end are replaced by
 its last one, and their scores by minus infinity.
 """
@@ -21,63 +23,14 @@ from torch import Tensor
 
 from minivllm.kernels.triton.attention_sizes import SEES_ALL, Shapes, Sizes, Step, Tiling, padded
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
-
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _block(table, tile, context, TILE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The blocks that hold a tile's tokens, one for each token."""
-    return tl.load(table + tl.minimum(tile * TILE_N + tl.arange(0, TILE_N), context - 1) // BLOCK_SIZE)
-
-
-@triton.jit
-def _absorb(q, k, v, visible, top, bottom, total, scale, MASKED: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Add a tile of keys to the running maximum, denominator and weighted values of each query. Exponents are of 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if SOFT_CAP > 0.0:  # cap * tanh(score / cap): ``scale`` holds 2 / cap, and the tanh's e is written as 2
-        scores = SOFT_CAP * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(scores * 1.4426950408889634) + 1.0))
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher  # nothing seen yet: no inf - inf
-    weights = tl.exp2(scores - safe[:, None])
-    fade = tl.exp2(top - safe)
-    bottom = bottom * fade + tl.sum(weights, 1)
-    total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
-    return higher, bottom, total
-
-
-@triton.jit
-def _walk(q, query_at, lo, hi, context, window, head, table, k_cache, v_cache, top, bottom, total, scale,
-          KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-          TILE_N: tl.constexpr, MASKED: tl.constexpr, SOFT_CAP: tl.constexpr):  # fmt: skip
-    """Absorb the tiles ``lo`` to ``hi`` of a row's context."""
-    channel = tl.arange(0, DIM_PAD)
-    block = _block(table, lo, context, TILE_N, BLOCK_SIZE)
-    for tile in range(lo, hi):
-        key_at = tile * TILE_N + tl.arange(0, TILE_N)
-        at = tl.minimum(key_at, context - 1) if MASKED else key_at
-        slot = (block.to(tl.int64) * KV_HEADS + head) * BLOCK_SIZE + at % BLOCK_SIZE
-        place = slot[:, None] * HEAD_DIM + channel[None, :]
-        k_from, v_from = k_cache + place, v_cache + place
-        block = _block(table, tile + 1, context, TILE_N, BLOCK_SIZE)  # on its way while this tile is computed
-        if HEAD_DIM == DIM_PAD:
-            k, v = tl.load(k_from), tl.load(v_from)
-        else:
-            inside = channel[None, :] < HEAD_DIM
-            k, v = tl.load(k_from, mask=inside, other=0.0), tl.load(v_from, mask=inside, other=0.0)
-        away = query_at[:, None] - key_at[None, :]
-        visible = (away >= 0) & (away < window)
-        top, bottom, total = _absorb(q, k.to(q.dtype), v.to(q.dtype), visible, top, bottom, total, scale, MASKED, SOFT_CAP)
-    return top, bottom, total
+from minivllm.kernels.triton.tiles import add_parts, num_splits, walk
 
 
 @triton.jit
 def _join(first, last, tops, bottoms, totals, TILE_M: tl.constexpr, USED: tl.constexpr, DIM_PAD: tl.constexpr,
           AT_ONCE: tl.constexpr):  # fmt: skip
     """What programs ``first`` to ``last`` left of one context, put together in their order: [USED, DIM_PAD]."""
-    used, channel = tl.arange(0, USED), tl.arange(0, DIM_PAD)
+    used = tl.arange(0, USED)
     top = tl.full((USED,), float("-inf"), tl.float32)
     bottom, total = tl.zeros((USED,), tl.float32), tl.zeros((USED, DIM_PAD), tl.float32)
     for program in range(first, last + 1, AT_ONCE):
@@ -85,31 +38,41 @@ def _join(first, last, tops, bottoms, totals, TILE_M: tl.constexpr, USED: tl.con
         theirs = programs <= last
         place = (2 * programs + tl.where(programs == first, 1, 0))[:, None] * TILE_M + used[None, :]  # [AT_ONCE, USED]
         mask = theirs[:, None] & (used[None, :] < USED)
-        part_top = tl.load(tops + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        part_bottom = tl.load(bottoms + place, mask=mask, other=0.0, cache_modifier=".cg")
-        offset = place[:, :, None] * DIM_PAD + channel[None, None, :]
-        part_total = tl.load(totals + offset, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(part_top, 0))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        weight, fade = tl.exp2(part_top - safe[None, :]), tl.exp2(top - safe)
-        bottom = bottom * fade + tl.sum(weight * part_bottom, 0)
-        total = total * fade[:, None] + tl.sum(weight[:, :, None] * part_total, 0)
-        top = higher
+        top, bottom, total = add_parts(top, bottom, total, place, mask, tops, bottoms, totals, DIM_PAD)
     return total / bottom[:, None]
+
+
+@triton.jit
+def _begun(seat, head, num_items, tops, bottoms, totals, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr,
+           DIM_PAD: tl.constexpr, SHARED_M: tl.constexpr, SHARED_PROGRAMS: tl.constexpr):  # fmt: skip
+    """What the pass over common beginnings found for the row in ``seat``: maximum, denominator, weighted values."""
+    SHARED_ROWS: tl.constexpr = SHARED_M // GROUP
+    m = tl.arange(0, TILE_M)
+    top = tl.full((TILE_M,), float("-inf"), tl.float32)
+    bottom, total = tl.zeros((TILE_M,), tl.float32), tl.zeros((TILE_M, DIM_PAD), tl.float32)
+    splits = num_splits(num_items, KV_HEADS, SHARED_PROGRAMS)
+    first = (seat // SHARED_ROWS * KV_HEADS + head) * splits
+    for split in range(0, splits, 4):
+        parts = split + tl.arange(0, 4)
+        place = (first + parts)[:, None] * SHARED_M + seat % SHARED_ROWS * GROUP + m[None, :]  # [4, TILE_M]
+        mask = (parts < splits)[:, None] & (m < GROUP)[None, :]
+        top, bottom, total = add_parts(top, bottom, total, place, mask, tops, bottoms, totals, DIM_PAD)
+    return top, bottom, total
 
 
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def _few(q, out, k_cache, v_cache, block_tables, table_stride, rows, context_lens, first_query, num_queries,
-         share_starts, share_rows, counters, tops, bottoms, totals, scale, num_rows, window,
+         share_starts, share_rows, counters, tops, bottoms, totals,
+         seats, shared_items, shared_tops, shared_bottoms, shared_totals, scale, num_rows, window,
          HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
          TILE_M: tl.constexpr, TILE_N: tl.constexpr, USED: tl.constexpr, AT_ONCE: tl.constexpr, LEAST_TILES: tl.constexpr,
-         SOFT_CAP: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+         SHARED_M: tl.constexpr, SHARED_PROGRAMS: tl.constexpr, SOFT_CAP: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One program's stretch of the tiles of all rows with few queries, in the order (row, KV head, position)."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     let_next_start(EARLY)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    # The kernel in front is the one that wrote the step's K and V (``turn.py``). It lets this one start after its own wait, so
-    # whatever came before it has ended: the plan and the block tables may be read without waiting.
+    # The kernel in front is the one that wrote the step's K and V (``turn.py``), or the pass over common beginnings. It lets
+    # this one start after its own wait, so whatever came before it has ended: plan and block tables are read without waiting.
     all_tiles = tl.load(share_starts + num_rows) * KV_HEADS
     share = tl.maximum((all_tiles + num_programs - 1) // num_programs, LEAST_TILES)
     here = program * share
@@ -128,6 +91,10 @@ def _few(q, out, k_cache, v_cache, block_tables, table_stride, rows, context_len
             end = tl.minimum(begin + tiles, stop)
             context, count = tl.load(context_lens + row), tl.load(num_queries + row)
             lowest = tl.maximum(context - count - window + 1, 0) // TILE_N
+            if SHARED_M > 0:
+                seat = tl.load(seats + row)
+                begun = tl.load(shared_items + 5 + seat // (SHARED_M // GROUP) * 3, mask=seat >= 0, other=0)
+                lowest = begun // TILE_N
             table = block_tables + tl.load(rows + row).to(tl.int64) * table_stride
             token = tl.load(first_query + row).to(tl.int64)
             wait_for_previous(EARLY)
@@ -136,7 +103,12 @@ def _few(q, out, k_cache, v_cache, block_tables, table_stride, rows, context_len
             tile_q = tl.load(q + at_q, mask=asked, other=0.0)
             top = tl.full((TILE_M,), float("-inf"), tl.float32)
             bottom, total = tl.zeros((TILE_M,), tl.float32), tl.zeros((TILE_M, DIM_PAD), tl.float32)
-            top, bottom, total = _walk(
+            if SHARED_M > 0:  # noqa: SIM102 (decided by the compiler, and the inner one by the chip)
+                if (seat >= 0) & (skipped == 0):
+                    top, bottom, total = _begun(
+                        seat, head, tl.load(shared_items), shared_tops, shared_bottoms, shared_totals,
+                        KV_HEADS, GROUP, TILE_M, DIM_PAD, SHARED_M, SHARED_PROGRAMS)  # fmt: skip
+            top, bottom, total = walk(
                 tile_q, context - count + m // GROUP, lowest + skipped, lowest + end - begin, context, window, head, table,
                 k_cache, v_cache, top, bottom, total, scale,
                 KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE_N, True, SOFT_CAP)  # fmt: skip
@@ -200,11 +172,11 @@ def _many(q, out, k_cache, v_cache, block_tables, table_stride, rows, context_le
         query_at = context - count + query
         if not MASKED:  # of most tiles every query sees every key
             seen_by_all = (first_at + 1) // TILE_N
-            top, bottom, total = _walk(
+            top, bottom, total = walk(
                 tile_q, query_at, lo, seen_by_all, context, window, head, table, k_cache, v_cache, top, bottom, total, scale,
                 KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE_N, False, SOFT_CAP)  # fmt: skip
             lo = seen_by_all
-        top, bottom, total = _walk(
+        top, bottom, total = walk(
             tile_q, query_at, lo, hi, context, window, head, table, k_cache, v_cache, top, bottom, total, scale,
             KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE_N, True, SOFT_CAP)  # fmt: skip
         tl.store(out + at_q, (total / bottom[:, None]).to(out.dtype.element_ty), mask=asked)
@@ -219,10 +191,13 @@ class PagedAttention:
         num_programs = chip.num_sms * shapes.programs_per_sm
         few_queries = 0 if shapes.invariant else few.tile_m // group
         least_tiles = max(1, 128 // few.tile_n)
-        self.tiling = Tiling(num_programs, few_queries, few.tile_n, least_tiles, many.tile_m // group)
+        shared_rows = 0 if shapes.invariant else shapes.shared.tile_m // group
+        shared_grain = max(few.tile_n, shapes.shared.tile_n)
+        self.tiling = Tiling(
+            num_programs, few_queries, few.tile_n, least_tiles, many.tile_m // group, shared_rows, shared_grain
+        )
         self.sizes, self.shapes, self._least_tiles = sizes, shapes, least_tiles
         self._dim_pad, self._group = padded(sizes.head_dim), group
-        self._factor = 2.0 / sizes.soft_cap if sizes.soft_cap > 0 else LOG2_E  # see ``_absorb``
         self._launch, self._early = chip.launch, chip.early_launch
         self._few_options = {"num_warps": few.num_warps, "num_stages": few.num_stages, **chip.launch_options}
         self._many_options = {"num_warps": many.num_warps, "num_stages": many.num_stages, **chip.launch_options}
@@ -232,17 +207,23 @@ class PagedAttention:
         self._counters = torch.zeros(num_programs, dtype=torch.int32, device=device)  # 0 between launches
 
     def few(self, step: Step, q: Tensor, out: Tensor, caches: tuple[Tensor, Tensor], scale: float, window: int) -> None:
-        """Fill ``out`` [num_tokens, num_heads, head_dim], like ``q``, for the rows with few queries."""
+        """Fill ``out`` [num_tokens, num_heads, head_dim], like ``q``, for the rows with few queries. A step's common
+        beginnings must have been walked before."""
         sizes, shape, parts = self.sizes, self.shapes.few, step.parts[window]
+        shared = step.shared if window == SEES_ALL else None
+        begun, shared_m, shared_programs = (parts.first_query,) * 2 + (self._tops,) * 3, 0, 0
+        if shared is not None:
+            begun = (shared.items.seats, shared.items.items, shared.tops, shared.bottoms, shared.totals)
+            shared_m, shared_programs = self.shapes.shared.tile_m, shared.num_programs
         used = padded(self._group) if step.single else shape.tile_m  # rows of a tile that can hold a query
         self._launch(
             _few, (self.tiling.num_programs,),
             q, out, *caches, step.block_tables, step.block_tables.stride(0), step.rows, step.context_lens,
             parts.first_query, parts.num_queries, parts.share_starts, parts.share_rows,
-            self._counters, self._tops, self._bottoms, self._totals, scale * self._factor, step.rows.shape[0], window,
+            self._counters, self._tops, self._bottoms, self._totals, *begun, scale * sizes.factor, step.rows.shape[0], window,
             sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, self._dim_pad, caches[0].shape[2],
             shape.tile_m, shape.tile_n, used, max(1, 4096 // (used * self._dim_pad)), self._least_tiles,
-            sizes.soft_cap, self._early, **self._few_options,
+            shared_m, shared_programs, sizes.soft_cap, self._early, **self._few_options,
         )  # fmt: skip
 
     def many(self, step: Step, q: Tensor, out: Tensor, caches: tuple[Tensor, Tensor], scale: float, window: int) -> None:
@@ -252,7 +233,7 @@ class PagedAttention:
         self._launch(
             _many, (num_items * sizes.num_kv_heads,),
             q, out, *caches, step.block_tables, step.block_tables.stride(0), step.rows, step.context_lens,
-            parts.first_query, parts.num_queries, parts.item_starts, scale * self._factor, step.rows.shape[0], window,
+            parts.first_query, parts.num_queries, parts.item_starts, scale * sizes.factor, step.rows.shape[0], window,
             sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, self._dim_pad, caches[0].shape[2],
             shape.tile_m, shape.tile_n, self.shapes.invariant or window != SEES_ALL, sizes.soft_cap,
             self._early, **self._many_options,

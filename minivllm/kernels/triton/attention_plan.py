@@ -9,6 +9,8 @@ grids of the attention kernels are fixed and the work is dealt out here, once a 
   still fills the chip.
 * The other rows are bound by arithmetic. Their queries are cut into items of ``item_queries``, one program each and KV head.
 * Leading queries of long prompts that a library computes (``long_prompts.py``) are left out of both.
+* A beginning that decodes have in common is computed for all of them by a pass of its own (``shared_prefix.py``), in items that
+  the host dealt out; here it is left out of their tiles.
 
 A layer's window decides how many tiles there are, so there is a plan for each window of the model.
 """
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minivllm.kernels.triton.attention_sizes import SEES_ALL, Parts, Tiling, padded
+from minivllm.kernels.triton.attention_sizes import SEES_ALL, Parts, SharedPass, Tiling, padded
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 LEAST_ROWS = 256  # the kernel is compiled for so many rows, and again for each doubling
@@ -26,9 +28,9 @@ LEAST_ROWS = 256  # the kernel is compiled for so many rows, and again for each 
 
 @triton.jit(do_not_specialize=["num_rows", "long_grain"])
 def _plan(query_starts, context_lens, windows, first_query, num_queries, share_starts, item_starts, share_rows,
-          num_rows, num_programs, few_queries, long_grain, least_tiles,
+          seats, shared_items, members, num_rows, num_programs, few_queries, long_grain, least_tiles,
           KV_HEADS: tl.constexpr, TILE_N: tl.constexpr, ITEM_QUERIES: tl.constexpr, ROWS_PAD: tl.constexpr,
-          SEES_ALL: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+          SHARED_ROWS: tl.constexpr, SEES_ALL: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Program (p, w): in which row the stretch of decode program p begins under window w; the first of them writes the rest."""
     wait_for_previous(EARLY)
     let_next_start(EARLY)
@@ -45,6 +47,12 @@ def _plan(query_starts, context_lens, windows, first_query, num_queries, share_s
     taken = tl.where((long_grain > 0) & (window == SEES_ALL) & ((context - count) % grain == 0), count // grain * grain, 0)
     start, count = start + taken, count - taken
     lowest = tl.maximum(context - count - window + 1, 0)  # position of the first key that a query of the row sees
+    if SHARED_ROWS > 0:
+        seat = tl.load(seats + row, mask=real, other=-1)
+        shared = tl.load(shared_items + 5 + seat // SHARED_ROWS * 3, mask=seat >= 0, other=0)
+        lowest = tl.where(window == SEES_ALL, shared, lowest)
+        if program + which == 0:
+            tl.store(members + seat, row, mask=seat >= 0)
     tiles = (context + TILE_N - 1) // TILE_N - lowest // TILE_N
     few = (count > 0) & (count <= few_queries)
     tiles = tl.where(few, tiles, 0)
@@ -75,16 +83,21 @@ class Planner:
         self._windows = torch.tensor(self._sizes, dtype=torch.int32, device=device)
         self._launch, self._early, self._options = chip.launch, chip.early_launch, {"num_warps": 4, **chip.launch_options}
 
-    def plan(self, query_starts: Tensor, context_lens: Tensor, long_grain: int = 0) -> dict[int, Parts]:
-        """The parts of a step under each window (``SEES_ALL`` for None). Leaves whole ``long_grain`` queries out."""
+    def plan(
+        self, query_starts: Tensor, context_lens: Tensor, long_grain: int = 0, shared: SharedPass | None = None
+    ) -> dict[int, Parts]:
+        """The parts of a step under each window (``SEES_ALL`` for None). Leaves whole ``long_grain`` queries out, and the
+        common beginnings of ``shared``, whose members it fills in."""
         num_windows, num_rows, num_programs = len(self._sizes), context_lens.shape[0], self.tiling.num_programs
         lengths = (num_rows, num_rows, num_rows + 1, num_rows + 1, num_programs)
         made = [torch.empty((num_windows, n), dtype=torch.int32, device=context_lens.device) for n in lengths]
+        nothing = (made[0], made[0], made[0])
+        given = nothing if shared is None else (shared.items.seats, shared.items.items, shared.members)
         self._launch(
             _plan, (num_programs, num_windows),
-            query_starts, context_lens, self._windows, *made,
+            query_starts, context_lens, self._windows, *made, *given,
             num_rows, num_programs, self.tiling.few_queries, long_grain, self.tiling.least_tiles,
-            self._num_kv_heads, self.tiling.tile_n, self.tiling.item_queries, max(padded(num_rows), LEAST_ROWS), SEES_ALL,
-            self._early, **self._options,
+            self._num_kv_heads, self.tiling.tile_n, self.tiling.item_queries, max(padded(num_rows), LEAST_ROWS),
+            0 if shared is None else self.tiling.shared_rows, SEES_ALL, self._early, **self._options,
         )  # fmt: skip
         return {window: Parts(*(part[i] for part in made)) for i, window in enumerate(self._sizes)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SEES_ALL = 1 << 30  # a window that no position reaches
+LOG2_E = 1.4426950408889634
 
 
 def padded(size: int) -> int:
@@ -26,6 +27,11 @@ class Sizes:
     dtype: torch.dtype  # the wider of q's and the cache's
     soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: they do not
 
+    @property
+    def factor(self) -> float:
+        """What a layer's scale is multiplied by: see ``absorb`` in ``tiles.py``."""
+        return 2.0 / self.soft_cap if self.soft_cap > 0 else LOG2_E
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,10 +45,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """How both are cut."""
+    """How all are cut."""
 
     few: Shape
     many: Shape
+    shared: Shape  # of the pass over a beginning that rows of ``few`` have in common
     programs_per_sm: int  # of ``few``
     invariant: bool  # ``many`` does all, in one way: a query's bits depend on its position alone
 
@@ -52,12 +59,14 @@ def usual_shapes(sizes: Sizes, invariant: bool) -> Shapes:
     least_m = padded(sizes.num_heads // sizes.num_kv_heads)
     small = padded(sizes.head_dim) <= 128
     if sizes.dtype.itemsize > 2:  # no tensor cores: products are made of registers, and large tiles would not fit into them
-        return Shapes(Shape(max(16, least_m), 32, 4, 2), Shape(max(16, least_m), 32, 8, 2), 2, invariant)
+        many = Shape(max(16, least_m), 32, 8, 2)
+        return Shapes(Shape(max(16, least_m), 32, 4, 2), many, many, 2, invariant)
     few = Shape(max(16, least_m), 128 if small else 32, 4, 2)
-    if invariant:
-        return Shapes(few, Shape(max(64, least_m), 64 if small else 32, 4, 3 if small else 2), 2, invariant)
     many = Shape(max(128, least_m), 64, 8, 3) if small else Shape(max(128, least_m), 32, 8, 2)
-    return Shapes(few, many, 2, invariant)
+    if invariant:
+        fixed = Shape(max(64, least_m), 64 if small else 32, 4, 3 if small else 2)
+        return Shapes(few, fixed, many, 2, invariant)
+    return Shapes(few, many, many, 2, invariant)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,28 @@ class Tiling:
     tile_n: int  # tokens of the cache in one of its tiles
     least_tiles: int  # the shortest stretch of a program: shorter ones cost more to put together than they save
     item_queries: int  # queries of an item of the other kernel
+    shared_rows: int  # rows with a common beginning in an item of the pass over that; 0: there is no such pass
+    shared_grain: int  # tokens: a common beginning is whole multiples of so many
+
+
+@dataclass(frozen=True)
+class SharedItems:
+    """Rows with a common beginning, dealt into items of up to ``shared_rows`` rows. On the device, int32 all."""
+
+    seats: Tensor  # [R]: item * shared_rows + place in the item; -1: the row begins like no other
+    items: Tensor  # [4 + 3 * most items]: how many there are, 3 unused; row of the block table, tokens, rows of each
+
+
+@dataclass(frozen=True)
+class SharedPass:
+    """What the pass over common beginnings reads and leaves. On the device."""
+
+    items: SharedItems
+    members: Tensor  # [most items * shared_rows] int32: the step's row in each seat
+    num_programs: int
+    tops: Tensor  # [num_programs * tile_m] float32: running maxima, as exponents of 2
+    bottoms: Tensor  # [num_programs * tile_m] float32: denominators
+    totals: Tensor  # [num_programs * tile_m, head_dim padded] float32: weighted values
 
 
 @dataclass(frozen=True)
@@ -91,3 +122,4 @@ class Step:
     rows: Tensor  # [R] int32: row of the block table
     context_lens: Tensor  # [R] int32
     single: bool  # no row has more than one query
+    shared: SharedPass | None = None  # under windows that see everything

@@ -39,4 +39,6 @@ def compile_all(play: Callable[[Launch], None]) -> int:
 
 def _load(compiled: Any) -> None:
     """Have the kernel's launcher built and its code brought to the device, as its first launch would."""
+    if hasattr(compiled, "result"):  # what stood for the kernel while it was being compiled
+        compiled = compiled.result()
     compiled.run  # noqa: B018 (the property does it)
