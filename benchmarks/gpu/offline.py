@@ -65,13 +65,13 @@ class Bench:
 
         self.llm.engine.step = timed
 
-    def prepare(self) -> tuple[float, int]:
-        """Let the engine make everything that it would make behind traffic; returns the seconds and how many things."""
-        begin_s, count = time.perf_counter(), 0
+    def prepare(self) -> tuple[float, int, int]:
+        """Let the engine make all that it would make behind traffic: seconds, how many things, bytes of the device's memory."""
+        begin_s, count, free = time.perf_counter(), 0, free_bytes()
         if self._is_ours:
             while self.llm.engine.prepare_more():
                 count += 1
-        return time.perf_counter() - begin_s, count
+        return time.perf_counter() - begin_s, count, free - free_bytes()
 
     def fresh(self, count: int, length: int) -> Prompts:
         """Prompts of random ids that were never asked before."""
@@ -193,6 +193,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def free_bytes() -> int:
+    """Free memory of the device."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
 def device_name() -> str:
     """The card's name."""
     import torch
@@ -232,10 +239,12 @@ def main() -> None:
     if args.engine == "minivllm":
         for note in bench.llm.info.notes:
             print(f"note: {note}")
-    prepare_s, num_prepared = bench.prepare()
+    prepare_s, num_prepared, graphs_bytes = bench.prepare()
     facts = {"device": device_name(), "versions": versions(), "engine": args.engine, "options": options}
-    file.add(part="offline", **facts, start_s=bench.start_s, prepare_s=prepare_s, num_prepared=num_prepared)
-    print(f"engine ready in {bench.start_s:.1f} s, {num_prepared} graphs captured in {prepare_s:.1f} s", flush=True)
+    facts |= {"start_s": bench.start_s, "prepare_s": prepare_s, "num_prepared": num_prepared, "graphs_bytes": graphs_bytes}
+    file.add(part="offline", **facts)
+    graphs = f"{num_prepared} graphs captured in {prepare_s:.1f} s, {graphs_bytes >> 20} MiB"
+    print(f"engine ready in {bench.start_s:.1f} s, {graphs}", flush=True)
     measure(bench, chosen_rows(args.rows), args.repeats, file)
     print(table(file.records))
 

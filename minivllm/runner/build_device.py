@@ -20,7 +20,7 @@ from minivllm.config import Config
 from minivllm.kernels.ops import triton_ops
 from minivllm.kernels.triton.chip import Chip, Launch
 from minivllm.kernels.triton.cutoff import Cutoff
-from minivllm.kernels.triton.rehearsal import compile_all
+from minivllm.kernels.triton.rehearsal import compile_all, fork_helpers
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.kernels.triton.steps import StepKernels
 from minivllm.layers.setup import Setup
@@ -79,17 +79,21 @@ class Rehearsal:
 
     def __init__(self, spec: ModelSpec, setup: Setup, need: AttnNeed, kv: KVShape, sizes: RunnerSizes) -> None:
         self._play = partial(play, spec, setup, need, kv, sizes)
+        self._helpers = fork_helpers()  # before this very thread
         self._thread = Thread(target=self._run, name="rehearsal", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         begin_s = time.monotonic()
         try:
-            count = compile_all(self._play)
+            count = compile_all(self._play, self._helpers)
         except Exception:  # nothing is lost: a kernel that is missing is compiled by its first launch, or says why it cannot be
             log.warning("Not every kernel could be compiled beforehand.", exc_info=True)
         else:
             log.info("%d kernels were ready after %.1f s.", count, time.monotonic() - begin_s)
+        finally:
+            if self._helpers is not None:
+                self._helpers.shutdown(wait=False, cancel_futures=True)
 
     def wait(self) -> None:
         """Return when all are ready."""

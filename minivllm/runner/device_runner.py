@@ -135,12 +135,15 @@ class DeviceRunner:
         step = self.rows.begin(plan.work)
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         plain = isinstance(self.sampler, Wishing) and self.sampler.plain(rows, positions)
-        decode, seating = int(step.lengths.sum()) == len(step.rows), None
+        num_tokens = int(step.lengths.sum())
+        if num_tokens > (most := len(self.stage.token_ids)):
+            raise PlanError(f"a step of {num_tokens} tokens was planned for a runner of {most}")
+        decode, seating = num_tokens == len(step.rows), None
         if decode and plan.shared and self._sharing is not None:
             seating = self._sharing.seat(plan.shared, step.rows)
         starts = self.stage.send(step, self.runs, self._wishes(rows, positions), seating)
         self.rows.advance(step)
-        num_tokens, part = int(starts[-1]), MIXED if not decode else DECODE if seating is None else SHARED
+        part = MIXED if not decode else DECODE if seating is None else SHARED
         if not self.graphs.run(part, num_tokens):
             host = self.stage.on_host(step, starts, self.rows, num_tokens)
             self.body(num_tokens, decode, host, shared=seating is not None)

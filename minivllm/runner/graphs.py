@@ -11,6 +11,8 @@ capture that fails is noted, and its piece stays as it is.
 """
 
 import logging
+import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import torch
 
 log = logging.getLogger("minivllm")
 MISSES = 2  # of a size before it is captured under traffic: a capture costs some ten uncaptured steps
+PAUSE = 4  # times as long as a capture took, before the next one under traffic
 NEAR = 1.3  # a captured size at most this much larger serves instead
 
 
@@ -49,9 +52,15 @@ class Part(NamedTuple):
 class Graphs:
     """The graphs there are, by piece. Written by the thread that drives the runner."""
 
-    def __init__(self, parts: Mapping[str, Part], blank: Callable[[], None], device: torch.device) -> None:
-        """``blank`` makes the next run of a part one over padding alone."""
-        self._blank = blank
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        blank: Callable[[], None],
+        device: torch.device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``blank`` makes the next run of a part one over padding alone. ``clock`` gives seconds."""
+        self._blank, self._clock, self._rest_until_s = blank, clock, -math.inf
         self._run = {name: part.run for name, part in parts.items()}
         self._sizes = {name: tuple(part.sizes) for name, part in parts.items()}
         self._when_idle = {name: tuple(part.sizes) for name, part in parts.items() if part.when_idle}
@@ -80,10 +89,13 @@ class Graphs:
         return True
 
     def capture_missed(self) -> None:
-        """Capture the piece that was missed most, if it was missed often enough. One at a time: it takes some milliseconds."""
-        due = [p for p, misses in self._misses.items() if misses >= MISSES and p not in self._failed]
-        if due and self._stream is not None:
+        """Capture the piece that was missed most, if it was missed often enough. One at a time, with pauses: requests wait."""
+        if self._stream is None or not self._misses or (begin_s := self._clock()) < self._rest_until_s:
+            return
+        if due := [p for p, misses in self._misses.items() if misses >= MISSES and p not in self._failed]:
             self._capture(max(due, key=lambda piece: self._misses[piece]))
+            end_s = self._clock()
+            self._rest_until_s = end_s + PAUSE * (end_s - begin_s)
 
     def capture_next(self) -> bool:
         """Capture the piece from which most is gained of those left: the smallest. False: there is none."""

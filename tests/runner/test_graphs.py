@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.runner.graphs import MISSES, Graphs, Part, ladder
+from minivllm.runner.graphs import MISSES, PAUSE, Graphs, Part, ladder
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -37,6 +37,17 @@ class FakeGraph:
 LOG: list[tuple[str, int]] = []
 
 
+class Clock:
+    """Every look at it takes half a second."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.5
+        return self.now_s
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -46,7 +57,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     def part(name: str) -> Callable[[int], None]:
         return lambda size: FakeGraph.current.ran.append((name, size)) if FakeGraph.current else None
 
-    made = Graphs({name: Part(part(name), SIZES) for name in ("body", "head")}, lambda: None, torch.device("cpu"))
+    parts = {name: Part(part(name), SIZES) for name in ("body", "head")} | {"rare": Part(part("rare"), SIZES, when_idle=False)}
+    made = Graphs(parts, lambda: None, torch.device("cpu"), Clock())
     monkeypatch.setattr(made, "_stream", object())
     LOG.clear()
     yield made
@@ -77,9 +89,30 @@ def test_idle_time_captures_everything_smallest_first(graphs: Graphs) -> None:
     turns = 1
     while graphs.capture_next():
         turns += 1
-    assert turns == graphs.num_captured == graphs.num_pieces == 2 * len(SIZES)
+    assert turns == graphs.num_captured == 2 * len(SIZES) and graphs.num_pieces == 3 * len(SIZES)
     assert all(graphs.run("body", size) for size in range(1, 17)) and LOG[0] == ("body", 1) and LOG[-1] == ("body", 16)
     assert graphs.largest == 16
+
+
+def test_what_may_never_come_is_captured_when_it_comes(graphs: Graphs) -> None:
+    while graphs.capture_next():
+        pass
+    for _ in range(MISSES):
+        assert not graphs.run("rare", 4)
+    graphs.capture_missed()
+    assert graphs.run("rare", 4) and LOG == [("rare", 4)]
+
+
+def test_captures_under_traffic_leave_time_for_requests(graphs: Graphs) -> None:
+    for _ in range(MISSES):
+        assert not graphs.run("body", 1) and not graphs.run("body", 16)
+    graphs.capture_missed()
+    assert graphs.num_captured == 1  # it took half a second
+    waited = 0
+    while graphs.num_captured == 1:
+        graphs.capture_missed()
+        waited += 1
+    assert waited == PAUSE
 
 
 def test_a_capture_that_fails_is_not_tried_again_and_nothing_else_is_lost(
@@ -92,7 +125,7 @@ def test_a_capture_that_fails_is_not_tried_again_and_nothing_else_is_lost(
     monkeypatch.setattr(FakeGraph, "fails", False)
     while graphs.capture_next():
         pass
-    assert graphs.num_captured == graphs.num_pieces - 1
+    assert graphs.num_captured == 2 * len(SIZES) - 1
     assert graphs.run("body", 4) and LOG == [("body", 8)]  # the next one serves
     assert graphs.run("head", 4)
 

@@ -115,6 +115,7 @@ def test_an_error_in_a_rehearsal_is_told_and_survived(
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(build_device, "compile_all", fail)
+    monkeypatch.setattr(build_device, "fork_helpers", lambda: None)
     nothing: Any = None
     with caplog.at_level("WARNING", logger="minivllm"):
         build_device.Rehearsal(nothing, nothing, nothing, nothing, nothing).wait()

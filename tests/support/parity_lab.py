@@ -4,7 +4,7 @@ Used by the parity tests: prompts alone, in one batch, in chunks, with preemptio
 is wrapped, so every row of logits that it was given can be compared to the last bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,15 +66,17 @@ class Tapped:
     def sample(
         self, logits: torch.Tensor, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: torch.Tensor
     ) -> torch.Tensor:
+        kept = logits.clone()
         for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            self.seen[self.uids[row], position] = logits[i].clone()
+            self.seen[self.uids[row], position] = kept[i]
         return self.inner.sample(logits, rows, positions, tokens)
 
 
 class Lab:
     """An engine for one model folder and one set of options."""
 
-    def __init__(self, folder: Path, **options: object) -> None:
+    def __init__(self, folder: Path, num_new: int = NUM_NEW, **options: object) -> None:
+        """``num_new``: tokens that every request asks for."""
         config = make_config(
             **{"model": str(folder), "dtype": "float32", "max_model_len": 192, "max_num_seqs": 32, "num_threads": 1, **options}
         )
@@ -86,14 +88,14 @@ class Lab:
 
         self.engine = build_engine(config, make_sampler)
         self.tap = taps[0]
-        self.uid = 0
+        self.uid, self.num_new = 0, num_new
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Run:
         """All prompts at once."""
         first = self.uid
         self.tap.seen.clear()
         for prompt in prompts:
-            sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, seed=0, ignore_eos=True)
+            sampling = SamplingParams(temperature=0, max_tokens=self.num_new, seed=0, ignore_eos=True)
             self.engine.add(GenerateRequest(id=str(self.uid), prompt_ids=tuple(prompt), sampling=sampling, arrival_s=0.0))
             self.uid += 1
         tokens: dict[str, list[int]] = {str(first + i): [] for i in range(len(prompts))}
@@ -130,21 +132,24 @@ def make_prompts(vocab_size: int) -> list[list[int]]:
     return prompts
 
 
-def five_ways(folder: Path, prompts: list[list[int]], **common: object) -> dict[str, Run]:
-    """The same requests, computed in five ways; the counts say that each way was really taken."""
-    whole = Lab(folder, **common)
-    longest = max(map(len, prompts)) + NUM_NEW
+def five_ways(
+    folder: Path, prompts: list[list[int]], *, num_new: int = NUM_NEW, make: Callable[..., Lab] = Lab, **common: object
+) -> dict[str, Run]:
+    """The same requests, computed in five ways; the counts say that each way was really taken. ``make`` builds the labs."""
+    common["num_new"] = num_new
+    whole = make(folder, **common)
+    longest = max(map(len, prompts)) + num_new
     runs = {
-        "alone": Lab(folder, enable_prefix_caching=False, **common).run_alone(prompts),
+        "alone": make(folder, enable_prefix_caching=False, **common).run_alone(prompts),
         "batch": whole.run(prompts),
-        "chunks": Lab(folder, max_num_batched_tokens=16, max_num_seqs=16, **common).run(prompts),
-        "preempted": Lab(folder, num_gpu_blocks_override=2 + 2 * longest // 16, **common).run(prompts),
+        "chunks": make(folder, max_num_batched_tokens=16, max_num_seqs=16, **common).run(prompts),
+        "preempted": make(folder, num_gpu_blocks_override=2 + 2 * longest // 16, **common).run(prompts),
         "cached": whole.run(prompts),
     }
     assert runs["alone"].total("prefix_hits") == 0
     assert max(len(r.rows) for r in runs["alone"].records) == 1
-    assert max(len(r.rows) for r in runs["batch"].records) == NUM_PROMPTS
-    assert runs["chunks"].num_chunked >= NUM_PROMPTS
+    assert max(len(r.rows) for r in runs["batch"].records) == len(prompts)
+    assert runs["chunks"].num_chunked >= len(prompts)
     assert max(sum(x.num_tokens for x in r.rows) for r in runs["chunks"].records) <= 16
     assert runs["preempted"].total("num_preempted") > 0
     full_blocks = sum((len(p) - 1) // 16 * 16 for p in prompts)

@@ -43,20 +43,45 @@ def _join(first, last, tops, bottoms, totals, TILE_M: tl.constexpr, USED: tl.con
 
 
 @triton.jit
+def _hand_over(out, counters, tops, bottoms, totals, top, bottom, total, program, first, last, skipped, count, token, head,
+               HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE_M: tl.constexpr,
+               USED: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """Leave a part of a context that programs ``first`` to ``last`` share; if all the others have, put them together."""
+    m, used, channel = tl.arange(0, TILE_M), tl.arange(0, USED), tl.arange(0, DIM_PAD)
+    place = (2 * program + tl.where(skipped == 0, 1, 0)) * TILE_M + m
+    tl.store(tops + place, top, mask=m < USED)
+    tl.store(bottoms + place, bottom, mask=m < USED)
+    tl.store(totals + place[:, None] * DIM_PAD + channel[None, :], total, mask=(m < USED)[:, None])
+    tl.debug_barrier()  # every thread's part is on its way before the count says so
+    if tl.atomic_add(counters + first, 1, sem="acq_rel") == last - first:
+        tl.store(counters + first, 0)  # for the next layer
+        joined = _join(first, last, tops, bottoms, totals, TILE_M, USED, DIM_PAD, AT_ONCE)
+        at_out = ((token + used // GROUP) * HEADS + head * GROUP + used % GROUP)[:, None] * HEAD_DIM + channel[None, :]
+        mask = (used < count * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+        tl.store(out + at_out, joined.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _begun(seat, head, num_items, tops, bottoms, totals, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr,
            DIM_PAD: tl.constexpr, SHARED_M: tl.constexpr, SHARED_PROGRAMS: tl.constexpr):  # fmt: skip
     """What the pass over common beginnings found for the row in ``seat``: maximum, denominator, weighted values."""
     SHARED_ROWS: tl.constexpr = SHARED_M // GROUP
-    m = tl.arange(0, TILE_M)
+    m, channel = tl.arange(0, TILE_M), tl.arange(0, DIM_PAD)
     top = tl.full((TILE_M,), float("-inf"), tl.float32)
     bottom, total = tl.zeros((TILE_M,), tl.float32), tl.zeros((TILE_M, DIM_PAD), tl.float32)
     splits = num_splits(num_items, KV_HEADS, SHARED_PROGRAMS)
     first = (seat // SHARED_ROWS * KV_HEADS + head) * splits
-    for split in range(0, splits, 4):
-        parts = split + tl.arange(0, 4)
-        place = (first + parts)[:, None] * SHARED_M + seat % SHARED_ROWS * GROUP + m[None, :]  # [4, TILE_M]
-        mask = (parts < splits)[:, None] & (m < GROUP)[None, :]
-        top, bottom, total = add_parts(top, bottom, total, place, mask, tops, bottoms, totals, DIM_PAD)
+    for split in range(0, splits):
+        place = (first + split) * SHARED_M + seat % SHARED_ROWS * GROUP + m  # [TILE_M]
+        part_top = tl.load(tops + place, mask=m < GROUP, other=float("-inf"))
+        part_bottom = tl.load(bottoms + place, mask=m < GROUP, other=0.0)
+        part_total = tl.load(totals + place[:, None] * DIM_PAD + channel[None, :], mask=(m < GROUP)[:, None], other=0.0)
+        higher = tl.maximum(top, part_top)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, fade = tl.exp2(part_top - safe), tl.exp2(top - safe)
+        bottom = bottom * fade + weight * part_bottom
+        total = total * fade[:, None] + weight[:, None] * part_total
+        top = higher
     return top, bottom, total
 
 
@@ -116,19 +141,9 @@ def _few(q, out, k_cache, v_cache, block_tables, table_stride, rows, context_len
             if first == last:
                 tl.store(out + at_q, (total / bottom[:, None]).to(out.dtype.element_ty), mask=asked)
             else:
-                place = (2 * program + tl.where(skipped == 0, 1, 0)) * TILE_M + m
-                tl.store(tops + place, top, mask=m < USED)
-                tl.store(bottoms + place, bottom, mask=m < USED)
-                tl.store(totals + place[:, None] * DIM_PAD + channel[None, :], total, mask=(m < USED)[:, None])
-                tl.debug_barrier()  # every thread's part is on its way before the count says so
-                if tl.atomic_add(counters + first, 1, sem="acq_rel") == last - first:
-                    tl.store(counters + first, 0)  # for the next layer
-                    joined = _join(first, last, tops, bottoms, totals, TILE_M, USED, DIM_PAD, AT_ONCE)
-                    used = tl.arange(0, USED)
-                    at_out = (token + used // GROUP) * HEADS + head * GROUP + used % GROUP
-                    at_out = at_out[:, None] * HEAD_DIM + channel[None, :]
-                    mask = (used < count * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-                    tl.store(out + at_out, joined.to(out.dtype.element_ty), mask=mask)
+                _hand_over(
+                    out, counters, tops, bottoms, totals, top, bottom, total, program, first, last, skipped, count, token, head,
+                    HEADS, GROUP, HEAD_DIM, DIM_PAD, TILE_M, USED, AT_ONCE)  # fmt: skip
             here = end
             if end == starts * KV_HEADS + tiles * KV_HEADS:
                 row += 1

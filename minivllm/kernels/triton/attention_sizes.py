@@ -63,10 +63,11 @@ def usual_shapes(sizes: Sizes, invariant: bool) -> Shapes:
         return Shapes(Shape(max(16, least_m), 32, 4, 2), many, many, 2, invariant)
     few = Shape(max(16, least_m), 128 if small else 32, 4, 2)
     many = Shape(max(128, least_m), 64, 8, 3) if small else Shape(max(128, least_m), 32, 8, 2)
+    shared = Shape(max(64, least_m), 64, 4, 3) if small else many
     if invariant:
         fixed = Shape(max(64, least_m), 64 if small else 32, 4, 3 if small else 2)
-        return Shapes(few, fixed, many, 2, invariant)
-    return Shapes(few, many, many, 2, invariant)
+        return Shapes(few, fixed, shared, 2, invariant)
+    return Shapes(few, many, shared, 2, invariant)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from minivllm.kernels.triton.attention_sizes import SEES_ALL, Shapes, SharedItem
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 from minivllm.kernels.triton.tiles import num_splits, walk
 
+PROGRAMS_PER_SM = 2
+
 
 @triton.jit
 def _shared(q, k_cache, v_cache, block_tables, table_stride, items, members, first_query, tops, bottoms, totals, scale,
@@ -71,7 +73,7 @@ class SharedPrefix:
     def prepare(self, items: SharedItems) -> SharedPass:
         """Room for what a step's passes leave; a layer's means nothing to the next."""
         device, most_items = items.items.device, (items.items.shape[0] - 4) // 3
-        num_programs = max(self._num_sms, most_items * self._sizes.num_kv_heads)
+        num_programs = max(PROGRAMS_PER_SM * self._num_sms, most_items * self._sizes.num_kv_heads)
         places = num_programs * self._shape.tile_m
         members = torch.empty(most_items * self._rows, dtype=torch.int32, device=device)
         tops, bottoms, totals = (torch.empty(places * n, dtype=torch.float32, device=device) for n in (1, 1, self._dim_pad))
