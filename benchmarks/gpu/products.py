@@ -1,7 +1,7 @@
 """Matrix products on a GPU: checks them, finds the best kernel for each shape, and writes the table of choices that ships.
 
     python -m benchmarks.gpu.products --out minivllm/kernels/triton/choices/nvidia-h100-80gb-hbm3.json
-        [--shapes A,B] [--rows 1,2,4,8,16,32,64] [--fixed-rows 1,64,256,2048,8192]
+        [--shapes A,B] [--rows 1,2,4,8,16,32,64,128] [--fixed-rows 1,64,256,2048,8192]
 
 Two models' matrices (A: Qwen3-0.6B, B: Llama-3.1-8B). Every candidate is compiled (some threads at once), compared with float64
 over outputs that held NaN before, and timed as replays of a CUDA graph in which copies of the matrix take turns, so that
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minivllm.kernels import reference
-from minivllm.kernels.choices import LIBRARY, ROW_BUCKETS, ChoiceTable, ProductChoice, ProductKey, write_choices
+from minivllm.kernels.choices import LIBRARY, ROW_BUCKETS, ChoiceTable, ProductChoice, ProductKey, read_choices, write_choices
 from minivllm.kernels.matrix import Matrix
 from minivllm.kernels.triton.chip import Chip, let_next_start, this_chip, wait_for_previous
 from minivllm.kernels.triton.elementwise import Elementwise
@@ -91,8 +91,8 @@ class Bench:
     shape: Shape
     products: Products
     copies: list[Matrix]
-    x: Tensor  # [64, num_in]
-    exact: Tensor  # [64, width] float64, before any rounding
+    x: Tensor  # [most rows, num_in]
+    exact: Tensor  # [most rows, width] float64, before any rounding
     gate: Callable[[Tensor, str], Tensor]
 
     @staticmethod
@@ -103,7 +103,7 @@ class Bench:
         num_copies = max(2, -(-COLD_BYTES // (shape.num_out * shape.num_in * DTYPE.itemsize)))
         torch.manual_seed(0)
         drawn = [torch.randn(size, device=DEVICE, dtype=DTYPE) * shape.num_in**-0.5 for _ in range(num_copies)]
-        x = torch.randn(64, shape.num_in, device=DEVICE, dtype=DTYPE)
+        x = torch.randn(ROW_BUCKETS[-1], shape.num_in, device=DEVICE, dtype=DTYPE)
         exact = x.double() @ drawn[0].double().t()
         return Bench(chip, shape, products, [products.pack(one, None) for one in drawn], x, exact, gate)
 
@@ -184,6 +184,8 @@ def candidates(shape: Shape, block_m: int, num_sms: int) -> Iterator[ProductChoi
     else:
         few = ((16, 256, 2), (16, 512, 4), (64, 256, 8)) if block_m == 16 else ()
         kernel, sizes = "dot", ((16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (128, 128, 8), *few)
+        if block_m == 128:
+            sizes = ((32, 64, 4), (32, 128, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8))
     smallest = 4 if kernel == "vector" else 16
     for block_n, block_k, warps in dict.fromkeys((max(n // halves, smallest), k, w) for n, k, w in sizes):
         num_tiles, kept = -(-shape.width // block_n), 0
@@ -212,7 +214,10 @@ def compile_all(bench: Bench, choices: Sequence[ProductChoice], failures: list[s
 
     def compiled(choice: ProductChoice) -> ProductChoice | None:
         try:
-            bench.products.plan_as(choice, matrix, bend).compile(DTYPE, bench.out_dtype, biased=False)
+            plan = bench.products.plan_as(choice, matrix, bend)
+            partial = None if plan.partial_shape is None else torch.float32
+            tensors = (DTYPE, None, bench.out_dtype, partial, torch.int32)  # dtypes stand for tensors
+            plan.kernel.warmup(DTYPE, plan.num_in, *tensors, 1, grid=plan.grid, **plan.sizes)
         except Exception as error:  # one that cannot be had must not end a measurement of minutes
             failures.append(f"{bench.shape.name} {choice}: {error!r:.300}")
             return None
@@ -271,8 +276,8 @@ def tune_shape(bench: Bench, rows: Sequence[int], failures: list[str]) -> list[L
     """All numbers of rows, from many to few: what 16 rows like best is what fewer choose from."""
     lines: list[Line] = []
     shortlist: list[ProductChoice] = []
-    by_size = {m: list(candidates(bench.shape, m, bench.chip.num_sms)) for m in (1, 2, 16, 32, 64)}
-    by_size = {m: found for m, found in by_size.items() if m > 2 or m in rows}
+    sizes = {n for n in rows if n in (1, 2)} | {max(16, n) for n in rows}
+    by_size = {m: list(candidates(bench.shape, m, bench.chip.num_sms)) for m in sorted(sizes)}
     compiled = compile_all(bench, [choice for found in by_size.values() for choice in found], failures)
     for num_rows in sorted(rows, reverse=True):
         block_m = max(16, num_rows)
@@ -329,7 +334,7 @@ def product_line(line: Line) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the table of choices")
+    parser.add_argument("--out", type=Path, help="table of choices to write; what it has of other shapes and rows stays")
     parser.add_argument("--shapes", default="A,B", help='models or single shapes, as in "A,B down"')
     parser.add_argument("--rows", default=",".join(map(str, ROW_BUCKETS)))
     parser.add_argument("--fixed-rows", default="1,64,256,2048,8192", help="empty: leave the fixed tiles out")
@@ -349,7 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.cuda.empty_cache()
         print(f"{shape.name} done at {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if options.out:
-            write_choices(options.out, ChoiceTable(chip.name, {line.key: line.chosen for line in lines}))
+            before = read_choices(options.out).products if options.out.is_file() else {}
+            write_choices(options.out, ChoiceTable(chip.name, before | {line.key: line.chosen for line in lines}))
     print(f"{chip.name}, {str(DTYPE).removeprefix('torch.')}; microseconds; * ours is chosen")
     print("shape      rows  library     ours    GB/s  lib. ch.  our ch.   best of ours")
     print("\n".join(map(product_line, lines)))

@@ -13,8 +13,8 @@ CHOICE = ProductChoice("dot", 16, 32, 256, 2, 4, 3, 512)
 
 
 def test_a_call_takes_the_next_bucket() -> None:
-    found = [choices.bucket_of(n) for n in (0, 1, 2, 3, 4, 5, 9, 17, 33, 64, 65)]
-    assert found == [None, 1, 2, 4, 4, 8, 16, 32, 64, 64, None]
+    found = [choices.bucket_of(n) for n in (0, 1, 2, 3, 4, 5, 9, 17, 33, 64, 65, 129)]
+    assert found == [None, 1, 2, 4, 4, 8, 16, 32, 64, 64, 128, None]
 
 
 def test_a_chip_has_a_file_of_its_name(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_dummy_weights(copied: Any, make_driver: Any) -> None:
         options = {"load_format": "dummy", "model": str(folder)}
         first, again, other = (make_driver(**options, seed=s).generate([PROMPT], 64)[0] for s in (1, 1, 2))
         assert first.tokens == again.tokens != other.tokens
-        assert len(set(first.tokens)) >= 16
-        assert torch.stack(first.logits).isfinite().all()
+        logits = torch.stack(first.logits)
+        assert logits.isfinite().all() and logits.std() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ at full speed an H100 needs some 3 MiB of reads under way at all times (3 TB/s t
   weights fetched while the kernel in front still runs.
 
 A gated pair (gate above up in one matrix) is two such walks at once; activation and product are done before the sums leave the
-registers. Which kernel serves a shape, and with what sizes, is looked up once per shape (``kernels/choices.py``); beyond 64
+registers. Which kernel serves a shape, and with what sizes, is looked up once per shape (``kernels/choices.py``); beyond 128
 rows, and where it is as fast, the library's product serves.
 
 One stream at a time: the counters of who has arrived belong to the instance. Each launch leaves them at zero.
