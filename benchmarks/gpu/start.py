@@ -4,22 +4,20 @@
 
 Each run starts ``mini-vllm serve``, sends one completion (128 random prompt ids) as soon as the server says that it is ready,
 and takes the time of its first streamed token. Whatever is compiled is cached in one folder, which is empty before the first
-run: Triton's cache, torch's, the driver's and those under the user's cache folder. The libraries' own files are read once
-before the clock starts: whether they are in memory depends on what ran on the machine before. More runs say what varies (row 15
-is their median). Shown are the parts: until ready, the request, and the server's log lines, which bear the time of day.
+run: Triton's cache, torch's, the driver's and those under the user's cache folder. A start whose caches are thrown away goes
+before: whether the libraries' own files are in the machine's memory depends on what ran on it before. More runs say what varies
+(row 15 is their median). Shown are the parts: until ready, the request, and the server's log lines, which bear the time of day.
 """
 
 import argparse
 import asyncio
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.gpu.serving import NAME, REPOSITORY, server
+from benchmarks.gpu.serving import NAME, server
 from benchmarks.gpu.shapes import MODELS, Model, add_common, chosen_options
 from benchmarks.gpu.table import RecordFile, table
 from minivllm.bench.client import stream_events
@@ -37,12 +35,6 @@ CACHES: Final[Mapping[str, str]] = {  # variable -> folder
 def environment_of(caches: Path) -> dict[str, str]:
     """Variables that put all caches under one folder."""
     return {name: str(caches.resolve() / part) for name, part in CACHES.items()}
-
-
-def read_libraries() -> None:
-    """Import what a server imports, in a process of its own."""
-    command = [sys.executable, "-c", "import torch, minivllm.engine.build, minivllm.server.application"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
 
 
 async def first_token_s(url: str, prompt: Any) -> float:
@@ -82,7 +74,8 @@ def main() -> None:
         caches: Path = args.caches or Path(temporary)
         if caches.is_dir() and any(caches.iterdir()):
             raise SystemExit(f"{caches} is not empty, so row 14 cannot be measured with it.")
-        read_libraries()
+        with tempfile.TemporaryDirectory() as thrown_away:
+            one_start(model, folder, options, Path(thrown_away), args.logs / "start-before.log")
         for number in range(args.runs):
             log = args.logs / f"start-{number}.log"
             try:

@@ -11,6 +11,7 @@ in order, so a later reader finds it written) and takes it back when that step f
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from minivllm.kv.block_pool import BlockPool
 from minivllm.kv.prefix import PrefixKeys
@@ -191,11 +192,9 @@ class Allocator:
         if not self.prefix_caching:
             return found
         last = (len(token_ids) - 1) // self.block_size
-        chain = self._held[uid].keys
-        for i in range(last):
-            key = chain.extend(token_ids, i + 1)[i]
+        for key in islice(self._held[uid].keys.extend(token_ids, last), last):
             blocks = [pool.find(key) for pool in self._pools]
-            if any(b is None for b in blocks):
+            if None in blocks:
                 break
             for ids, block in zip(found, blocks, strict=True):
                 ids.append(block)  # type: ignore[arg-type]

@@ -25,12 +25,14 @@ class PrefixKeys:
 
     def extend(self, token_ids: Sequence[int], num_blocks: int) -> list[bytes]:
         """Make sure the first ``num_blocks`` keys are there (``token_ids`` is the sequence so far) and return all keys."""
-        size = self._block_size
-        while len(self.keys) < num_blocks:
-            start = len(self.keys) * size
-            ids = array("I", token_ids[start : start + size])
-            if len(ids) != size:
+        keys, size = self.keys, self._block_size
+        if (missing := num_blocks - len(keys)) > 0:
+            ids = array("I", token_ids[len(keys) * size : num_blocks * size])
+            if len(ids) != missing * size:
                 raise ValueError("only a full block has a key")
-            parent = self.keys[-1] if self.keys else self._root
-            self.keys.append(sha256(parent + ids.tobytes()).digest())
-        return self.keys
+            data, width = ids.tobytes(), size * ids.itemsize
+            key = keys[-1] if keys else self._root
+            for at in range(0, len(data), width):
+                key = sha256(key + data[at : at + width]).digest()
+                keys.append(key)
+        return keys
