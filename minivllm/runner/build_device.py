@@ -79,6 +79,7 @@ class Rehearsal:
 
     def __init__(self, spec: ModelSpec, setup: Setup, need: AttnNeed, kv: KVShape, sizes: RunnerSizes) -> None:
         self._play = partial(play, spec, setup, need, kv, sizes)
+        self._title = title_of(spec, setup, need, kv, sizes)
         self._helpers = fork_helpers()  # before this very thread
         self._thread = Thread(target=self._run, name="rehearsal", daemon=True)
         self._thread.start()
@@ -86,7 +87,7 @@ class Rehearsal:
     def _run(self) -> None:
         begin_s = time.monotonic()
         try:
-            count = compile_all(self._play, self._helpers)
+            count = compile_all(self._play, self._title, self._helpers)
         except Exception:  # nothing is lost: a kernel that is missing is compiled by its first launch, or says why it cannot be
             log.warning("Not every kernel could be compiled beforehand.", exc_info=True)
         else:
@@ -98,6 +99,11 @@ class Rehearsal:
     def wait(self) -> None:
         """Return when all are ready."""
         self._thread.join()
+
+
+def title_of(spec: ModelSpec, setup: Setup, need: AttnNeed, kv: KVShape, sizes: RunnerSizes) -> str:
+    """All that the runner's kernels depend on, as text that is the same at every start."""
+    return f"{setup.ops.chip} {setup.ops.name} {setup.dtype} {setup.method.name} {spec} {need} {kv} {sizes}"
 
 
 @torch.inference_mode()

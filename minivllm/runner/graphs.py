@@ -98,7 +98,11 @@ class Graphs:
             self._rest_until_s = end_s + PAUSE * (end_s - begin_s)
 
     def capture_next(self) -> bool:
-        """Capture the piece from which most is gained of those left: the smallest. False: there is none."""
+        """Capture the piece from which most is gained of those left: the smallest. False: there is none.
+
+        The largest of each part go first: they share one pool of memory, and what the largest needed serves all others. (From
+        small to large, each would find the pool's pieces too small and add its own: 3.1 GiB instead of one piece's share.)
+        """
         if self._stream is None:
             return False
         left = [
@@ -108,7 +112,8 @@ class Graphs:
             if (piece := Piece(part, size)) not in self._graphs and piece not in self._failed
         ]
         if left:
-            self._capture(min(left, key=lambda piece: piece.size))
+            largest = [piece for piece in left if piece.size == self._sizes[piece.part][-1]]
+            self._capture(largest[0] if largest else min(left, key=lambda piece: piece.size))
         return len(left) > 1
 
     @property

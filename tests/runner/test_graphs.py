@@ -85,10 +85,12 @@ def test_a_larger_piece_serves_until_the_right_one_is_there(graphs: Graphs) -> N
     assert not graphs.run("body", 9) and not graphs.run("body", 17)
 
 
-def test_idle_time_captures_everything_smallest_first(graphs: Graphs) -> None:
-    turns = 1
+def test_idle_time_captures_everything_the_largest_first_then_the_smallest(graphs: Graphs) -> None:
+    turns, order = 1, []
     while graphs.capture_next():
         turns += 1
+        order.append(list(graphs._graphs)[-1].size)
+    assert order == [16, 16, 1, 1, 2, 2, 4, 4, 8]
     assert turns == graphs.num_captured == 2 * len(SIZES) and graphs.num_pieces == 3 * len(SIZES)
     assert all(graphs.run("body", size) for size in range(1, 17)) and LOG[0] == ("body", 1) and LOG[-1] == ("body", 16)
     assert graphs.largest == 16

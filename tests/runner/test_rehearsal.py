@@ -60,7 +60,7 @@ def test_nothing_is_launched_that_was_not_rehearsed(
     if triton_device.type == "cuda":
         pytest.skip("on a GPU Triton itself is asked, below")
     from minivllm.kernels.triton import chip as chips
-    from minivllm.runner.build_device import RunnerSizes, play
+    from minivllm.runner.build_device import RunnerSizes, play, title_of
 
     launched: dict[Hashable, None] = {}
     rehearsed: dict[Hashable, None] = {}
@@ -83,6 +83,7 @@ def test_nothing_is_launched_that_was_not_rehearsed(
     llm = LLM(str(tiny_model(case)[0]), tokenizer=str(bundled_model), device="cpu", batch_invariant=invariant, **OPTIONS)
     generate_all_kinds(llm)
     play(*settled[0], note)
+    assert "0x" not in title_of(*settled[0])  # an address would be another at every start
     assert len(launched) > 15
     assert not [key for key in launched if key not in rehearsed]
 
@@ -116,6 +117,7 @@ def test_an_error_in_a_rehearsal_is_told_and_survived(
 
     monkeypatch.setattr(build_device, "compile_all", fail)
     monkeypatch.setattr(build_device, "fork_helpers", lambda: None)
+    monkeypatch.setattr(build_device, "title_of", lambda *given: "")
     nothing: Any = None
     with caplog.at_level("WARNING", logger="minivllm"):
         build_device.Rehearsal(nothing, nothing, nothing, nothing, nothing).wait()

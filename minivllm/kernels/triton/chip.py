@@ -12,7 +12,7 @@ activations and its first write of anything. Then a kernel's end means that all 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Chip:
     num_sms: int  # streaming multiprocessors
     early_launch: bool  # programmatic dependent launch can be had
     shared_bytes: int  # shared memory that a program may have
-    launch: Launch = launch_now  # how every kernel of ours is launched (or else compiled only: ``rehearsal.py``)
+    launch: Launch = field(default=launch_now, repr=False)  # how every kernel of ours is launched (or else compiled only: ``rehearsal.py``)
 
     @property
     def launch_options(self) -> dict[str, Any]:

@@ -30,19 +30,16 @@ MAX_PROCESSES = 12
 Play = Callable[[Launch], None]
 
 
-def compile_all(play: Play, helpers: Executor | None) -> int:
+def compile_all(play: Play, title: str, helpers: Executor | None) -> int:
     """Compile and load every kernel that ``play`` would launch with the launch it is given. Returns how many these are.
 
-    ``helpers``: from ``fork_helpers``. An error of ``play`` or of a compilation is raised at the end; what could be compiled is
-    ready all the same.
+    ``title`` names all that these kernels depend on but for their source. ``helpers``: from ``fork_helpers``. An error of
+    ``play`` or of a compilation is raised at the end; what could be compiled is ready all the same.
     """
-    done = None
-    if helpers is not None:
-        jobs = _jobs(play)
-        done = Path(triton.knobs.cache.dir) / f"rehearsed-{_digest(jobs)}"
-        if not done.exists():
-            for job in [helpers.submit(_compile, *job) for job in jobs]:
-                job.exception()  # what one cannot do is tried below, and said there
+    done = Path(triton.knobs.cache.dir) / f"rehearsed-{_digest(title)}"
+    if helpers is not None and not done.exists():
+        for job in [helpers.submit(_compile, *job) for job in _jobs(play)]:
+            job.exception()  # what one cannot do is tried below, and said there
     noted: dict[int, Any] = {}
 
     def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -54,8 +51,7 @@ def compile_all(play: Play, helpers: Executor | None) -> int:
             play(note)
         for loaded in [pool.submit(_load, compiled) for compiled in noted.values()]:
             loaded.result()
-    if done is not None:
-        done.touch()
+    done.touch()
     return len(noted)
 
 
@@ -121,11 +117,13 @@ def _jobs(play: Play) -> list[tuple[str, str, str]]:
     return list(found)
 
 
-def _digest(jobs: list[tuple[str, str, str]]) -> str:
-    """A name for these jobs, with this source and this Triton."""
-    parts = [triton.__version__]
-    parts += sorted(f"{getattr(import_module(module), name).cache_key} {given}" for module, name, given in jobs)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _digest(title: str) -> str:
+    """A name for what is compiled, with these sources and this Triton."""
+    found = hashlib.sha256(f"{triton.__version__} {title}".encode())
+    for path in sorted(Path(__file__).parent.rglob("*.*")):
+        if path.suffix in (".py", ".json"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _load(compiled: Any) -> None:
