@@ -35,7 +35,8 @@ class Chip:
     num_sms: int  # streaming multiprocessors
     early_launch: bool  # programmatic dependent launch can be had
     shared_bytes: int  # shared memory that a program may have
-    launch: Launch = field(default=launch_now, repr=False)  # how every kernel of ours is launched (or else compiled only: ``rehearsal.py``)
+    # How every kernel of ours is launched, or else only compiled (``rehearsal.py``).
+    launch: Launch = field(default=launch_now, repr=False)
 
     @property
     def launch_options(self) -> dict[str, Any]:
