@@ -16,21 +16,14 @@ Inputs may be views into a wider tensor, as the parts of a fused projection are:
 values side by side. Results are contiguous.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minivllm.kernels.matrix import Matrix
+from minivllm.kernels.triton.bend import bend
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
-
-# Name in a config.json -> the function ``_bend`` computes.
-BENDS: Mapping[str, int] = MappingProxyType(
-    {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3},
-)
 
 _WARP_VALUES = 256  # 32 threads of 8 16-bit values, 16 bytes each
 _MAX_WARPS = 16
@@ -76,18 +69,6 @@ def _norm(
 
 
 @triton.jit
-def _bend(x, BEND: tl.constexpr):
-    """The activation number BEND of ``BENDS`` in float32."""
-    if BEND == 0:
-        return x / (1.0 + tl.exp(-x))
-    if BEND == 1:
-        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    if BEND == 2:  # 0.5 x (1 + tanh(u)) is x / (1 + exp(-2u)): the same without the difference of near equals
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
-
-
-@triton.jit
 def _activation(
     x, out, x_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, BEND: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr
 ):
@@ -101,7 +82,7 @@ def _activation(
     value = tl.load(x + columns, mask=inside, other=0.0)
     if GATED:
         up = tl.load(x + DIM + columns, mask=inside, other=0.0)
-    bent = _bend(value.to(tl.float32), BEND).to(value.dtype)
+    bent = bend(value.to(tl.float32), BEND).to(value.dtype)
     if GATED:
         bent = (bent.to(tl.float32) * up.to(tl.float32)).to(value.dtype)
     tl.store(out + row * DIM + columns, bent, mask=inside)
@@ -205,7 +186,7 @@ class Elementwise:
         if num_rows:
             grid = (num_rows, triton.cdiv(dim, _ROW_VALUES))
             self._launch(
-                _activation, grid, x, out, stride, dim, _ROW_VALUES, BENDS[name], gated, self._early,
+                _activation, grid, x, out, stride, dim, _ROW_VALUES, name, gated, self._early,
                 num_warps=4, **self._options,
             )  # fmt: skip
 

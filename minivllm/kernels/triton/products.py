@@ -32,28 +32,13 @@ from torch.nn import functional as F
 from minivllm.kernels import reference
 from minivllm.kernels.choices import LIBRARY, ROW_BUCKETS, ChoiceTable, ProductChoice, ProductKey, bucket_of
 from minivllm.kernels.matrix import Matrix
+from minivllm.kernels.triton.bend import bend
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 MAX_ROWS = ROW_BUCKETS[-1]
 NUM_COUNTERS = 16384  # tiles of a split product at most
 BUFFERS_BYTES = 100 * 1024  # shared memory of a program, so that two fit in a multiprocessor
 BUCKET_OF = tuple(bucket_of(num_rows) for num_rows in range(MAX_ROWS + 1))
-
-
-@triton.jit
-def bend(x, NAME: tl.constexpr):
-    """The activation called ``NAME`` (``reference.ACTIVATIONS``) of ``x``, in float32."""
-    if NAME == "silu" or NAME == "swish":
-        bent = x / (1.0 + tl.exp(-x))
-    elif NAME == "relu":
-        bent = tl.where(x < 0, 0.0, x)  # a NaN stays one
-    elif NAME == "gelu":
-        bent = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        tl.static_assert(NAME == "gelu_new" or NAME == "gelu_pytorch_tanh")
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        bent = x / (1.0 + tl.exp(-2.0 * inner))  # 0.5 x (1 + tanh(inner))
-    return bent
 
 
 @triton.jit
