@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from minivllm.config import Config
-from minivllm.door import check_prompt, settle
+from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, ServerOverloaded
 from minivllm.observe.metrics import Metrics
@@ -305,11 +305,11 @@ class AsyncLLM:
         if order.id in self._mailboxes or order.id in others:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
         check_prompt(order.prompt_ids, self.info.vocab_size)
-        num_prompt = len(order.prompt_ids)
+        num_prompt, sampling = len(order.prompt_ids), spell(order.sampling, self.tokenizer, self.info.vocab_size)
         return GenerateRequest(
             id=order.id,
             prompt_ids=tuple(order.prompt_ids),
-            sampling=settle(order.sampling, num_prompt, self.info.max_model_len, self._seeds.getrandbits(63)),
+            sampling=settle(sampling, num_prompt, self.info.max_model_len, self._seeds.getrandbits(63)),
             arrival_s=time.monotonic(),
             priority=order.priority,
             cache_salt=order.cache_salt,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -10,6 +11,14 @@ from minivllm.config import Config
 from minivllm.errors import ContextTooLong, InvalidRequest
 from minivllm.models.hub import fetch_model
 from minivllm.types import SamplingParams
+
+
+class Encodes(Protocol):
+    """What makes texts into tokens."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``."""
+        ...
 
 
 def settle(sampling: SamplingParams, num_prompt: int, max_model_len: int, drawn_seed: int) -> SamplingParams:
@@ -20,6 +29,22 @@ def settle(sampling: SamplingParams, num_prompt: int, max_model_len: int, drawn_
         raise ContextTooLong(max_model_len, num_prompt, max_tokens)
     seed = sampling.seed if sampling.seed is not None else drawn_seed
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def spell(sampling: SamplingParams, tokenizer: Encodes, vocab_size: int) -> SamplingParams:
+    """Check what names tokens, and settle which tokens ``bad_words`` are written with: each as it is and as it follows a space,
+    in the way that the tokenizer writes it. (A model may find other tokens for the same letters.) Raises ``InvalidRequest``."""
+    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "allowed_token_ids": sampling.allowed_token_ids or ()}
+    for name, ids in named.items():
+        if any(not 0 <= token < vocab_size for token in ids):
+            raise InvalidRequest(f"{name} names token ids outside the vocabulary of {vocab_size} tokens.", name)
+    if not sampling.bad_words:
+        return sampling
+    spelled: dict[tuple[int, ...], None] = {}
+    for word in sampling.bad_words:
+        for prefix in ("", " "):
+            spelled[tuple(tokenizer.encode(prefix + word.lstrip(), False))] = None
+    return msgspec.structs.replace(sampling, bad_word_ids=tuple(ids for ids in spelled if ids))
 
 
 def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minivllm.config import make_config
-from minivllm.door import check_prompt, locate, settle, tokenizer_folder
+from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed
 from minivllm.text.outputs import OutputProcessor
@@ -85,6 +85,7 @@ class LLM:
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerateRequest:
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(ids, self.info.vocab_size)
+        params = spell(params, self.tokenizer, self.info.vocab_size)
         self._next_id += 1
         return GenerateRequest(
             id=f"local-{self._next_id}",

@@ -18,6 +18,8 @@ from minivllm.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
 LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
+MAX_BIASED = 1024  # tokens that a logit_bias may name
+MAX_BAD_WORDS = 256  # each is compared with the end of the output at every token
 MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 300 bytes a character
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -45,6 +47,10 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     seed: int | None = None  # None: drawn on arrival, so that every request can be replayed
     max_tokens: int | None = None  # None: as many as fit into the context
     min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit; a token once
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
+    bad_words: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the ways to write ``bad_words``; set by the face that accepts the request
     stop: tuple[str, ...] = ()  # matched on text, in the text room; the engine never sees them act
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -94,6 +100,16 @@ def _check_sampling(p: SamplingParams) -> None:
         raise InvalidRequest(f"max_tokens must be at least 1, got {p.max_tokens}.", "max_tokens")
     if p.min_tokens < 0 or (p.max_tokens is not None and p.min_tokens > p.max_tokens):
         raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({p.max_tokens}), got {p.min_tokens}.", "min_tokens")
+    if len(p.logit_bias) > MAX_BIASED or len({token for token, _ in p.logit_bias}) < len(p.logit_bias):
+        raise InvalidRequest(f"logit_bias may name at most {MAX_BIASED} tokens, each once.", "logit_bias")
+    if any(not (math.isfinite(value) and -100.0 <= value <= 100.0) for _, value in p.logit_bias):
+        raise InvalidRequest("Every value of logit_bias must be a number from -100 to 100.", "logit_bias")
+    if p.allowed_token_ids is not None and not p.allowed_token_ids:
+        raise InvalidRequest("allowed_token_ids is empty, so no token could come; leave it out.", "allowed_token_ids")
+    if len(p.bad_words) > MAX_BAD_WORDS or any(not word.strip() for word in p.bad_words):
+        raise InvalidRequest(f"bad_words may hold at most {MAX_BAD_WORDS} words, none of them empty.", "bad_words")
+    if sum(map(len, p.bad_words)) > MAX_STOP_CHARS:
+        raise InvalidRequest(f"bad_words may hold at most {MAX_STOP_CHARS} characters in all.", "bad_words")
     if any(not s for s in p.stop):
         raise InvalidRequest("stop must not hold an empty string.", "stop")
     if sum(map(len, p.stop)) > MAX_STOP_CHARS:

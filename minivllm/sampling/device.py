@@ -2,8 +2,8 @@
 
 Nearly every row wants a temperature or the most likely token. What such a row needs is six integers (``wishes``), which travel
 on the step's page; one kernel then does all of it and can be captured. Rows that ask for more make the step take the long way
-(``sample``): penalties in torch as on the CPU, then one search for the lowest logit that min_p, top_k and top_p leave, then the
-same draw among what is left.
+(``sample``): biases and penalties in torch as on the CPU, then one search for the lowest logit that min_p, top_k and top_p
+leave, then the same draw among what is left.
 
 The noise of a draw is computed in float32 here and in float64 on the CPU (``sampling/gumbel.py``): the same tokens, but where
 two candidates are closer than that.
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from minivllm.kernels.triton.cutoff import Cutoff
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
-from minivllm.sampling.batch import Feature, SampleBatch
-from minivllm.sampling.min_tokens import MinTokens
-from minivllm.sampling.penalties import Penalties
+from minivllm.sampling.batch import SampleBatch
+from minivllm.sampling.shaping import shaping
 from minivllm.types import NewRow
 
 _LOW = 0xFFFFFFFF
@@ -29,10 +28,7 @@ class DeviceSampler:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, eos_token_ids: Sequence[int], kernels: tuple[Draw, Cutoff]) -> None:
         (self._draw, self._cutoff), self._vocab_size = kernels, vocab_size
-        self._shaping: tuple[Feature, ...] = (
-            MinTokens(max_num_seqs, vocab_size, eos_token_ids),
-            Penalties(max_num_seqs),
-        )
+        self._shaping = shaping(max_num_seqs, vocab_size, eos_token_ids)
         self._wishes = np.zeros((max_num_seqs, NUM_WISHES), dtype=np.int32)
         self._wishes[:, 0] = np.arange(max_num_seqs)
         self._temperature = self._wishes.view(np.float32)[:, 2]

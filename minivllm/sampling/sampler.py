@@ -1,6 +1,6 @@
 """From logits to a token. The order of the features is the definition of what is sampled:
 
-    min_tokens -> penalties -> (greedy rows: most likely token)
+    allowed_token_ids -> bad_words -> min_tokens -> logit_bias -> penalties -> (greedy rows: most likely token)
                -> temperature -> min_p -> top_k -> top_p -> draw
 
 which is vLLM's order. Each filter sees what the ones before left: top_p adds up probabilities among the tokens that min_p and
@@ -23,8 +23,7 @@ from minivllm.kernels import reference
 from minivllm.sampling.batch import Feature, SampleBatch
 from minivllm.sampling.gumbel import GumbelDraw
 from minivllm.sampling.min_p import MinP
-from minivllm.sampling.min_tokens import MinTokens
-from minivllm.sampling.penalties import Penalties
+from minivllm.sampling.shaping import shaping
 from minivllm.sampling.temperature import Temperature
 from minivllm.sampling.top_k import TopK
 from minivllm.sampling.top_p import TopP
@@ -48,10 +47,7 @@ class Sampler:
         self._choose = choose
         self._temperature = Temperature(max_num_seqs)
         self._draw = GumbelDraw(max_num_seqs)
-        self._shaping: tuple[Feature, ...] = (
-            MinTokens(max_num_seqs, vocab_size, eos_token_ids),
-            Penalties(max_num_seqs),
-        )
+        self._shaping = shaping(max_num_seqs, vocab_size, eos_token_ids)
         self._filters: tuple[Feature, ...] = (MinP(max_num_seqs), TopK(max_num_seqs, vocab_size), TopP(max_num_seqs))
 
     def set_row(self, new: NewRow) -> None:

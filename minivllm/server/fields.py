@@ -1,7 +1,7 @@
 """Request fields that this server knows of but does not serve, and how a body is checked against them.
 
 Clients send whole forms: ``n=1``, ``logprobs=false``, ``tools=[]``. A field at a value that changes nothing is let through;
-any other value is refused by name, because an ignored ``logit_bias`` is a wrong answer that looks right. A field that
+any other value is refused by name, because an ignored ``logprobs`` is a wrong answer that looks right. A field that
 nobody knows is refused by name too. So each field of a body is served, without effect, on the list of harmless ones, or a
 400. Serving a field means taking it out of this table and putting it into ``protocol.py``.
 """
@@ -28,9 +28,6 @@ NOT_SERVED: Values = MappingProxyType(
         "logprobs": (False,),
         "top_logprobs": (0,),
         "prompt_logprobs": (),
-        "logit_bias": ({},),
-        "allowed_token_ids": (),
-        "bad_words": ([],),
         "echo": (False,),
         "suffix": ("",),
         "response_format": ({"type": "text"},),

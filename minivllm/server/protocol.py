@@ -32,6 +32,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None  # token id -> what is added to its logit
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -115,13 +118,20 @@ FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE
 
 def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
-    given = {f: value for f in SamplingParams.__struct_fields__ if (value := getattr(body, f)) is not None}
+    served = (f for f in SamplingParams.__struct_fields__ if f != "bad_word_ids")
+    given = {f: value for f in served if (value := getattr(body, f)) is not None}
     stop = given.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stops):
         raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters.", "stop")
     given["stop"] = stops
-    given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
+    for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+        if name in given:
+            given[name] = tuple(given[name])
+    try:
+        given["logit_bias"] = tuple((int(token), value) for token, value in given.get("logit_bias", {}).items())
+    except ValueError:
+        raise InvalidRequest("The keys of logit_bias must be token ids, as in {\"42\": -100}.", "logit_bias") from None
     return SamplingParams(**{**defaults, **given})
 
 

@@ -45,7 +45,9 @@ def requests(vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
     prompts = [shared[: chance.randrange(20)] + [chance.randrange(vocab_size) for _ in range(1 + 5 * i)] for i in range(8)]
     asked: list[dict[str, Any]] = [
         {}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.2, "top_p": 0.8, "min_p": 0.02}, {},
-        {"temperature": 0.0, "frequency_penalty": 0.6}, {"temperature": 0.9, "repetition_penalty": 1.3}, {"min_tokens": 3},
+        {"temperature": 0.0, "frequency_penalty": 0.6, "bad_word_ids": ((7,), (3, 4))},
+        {"temperature": 0.9, "repetition_penalty": 1.3, "allowed_token_ids": tuple(range(20))},
+        {"min_tokens": 3, "logit_bias": ((8, 2.5), (9, -100.0))},
     ]  # fmt: skip
     return prompts, [
         SamplingParams(**{"temperature": 0.0, "max_tokens": 3 + i // 2, "seed": i, "ignore_eos": True, **more})

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from minivllm.sampling.allowed import AllowedTokens
+from minivllm.sampling.bad_words import BadWords
 from minivllm.sampling.batch import Feature, SampleBatch
+from minivllm.sampling.bias import LogitBias
 from minivllm.sampling.min_p import MinP
 from minivllm.sampling.min_tokens import MinTokens
 from minivllm.sampling.penalties import Penalties
@@ -74,6 +77,57 @@ def test_penalties() -> None:
                 expected[i, token] -= np.float32(p.frequency_penalty) * output.count(token)
                 expected[i, token] -= np.float32(p.presence_penalty)
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+        touched += not torch.equal(got, logits)
+    assert touched > 30
+
+
+def test_logit_bias() -> None:
+    def pairs(r: np.random.Generator) -> tuple[tuple[int, float], ...]:
+        return tuple((int(t), float(r.uniform(-100, 100))) for t in r.permutation(VOCAB)[: r.integers(0, 6)])
+
+    touched = 0
+    for logits, params, known in cases(7, logit_bias=pairs):
+        got = apply(LogitBias(len(params)), logits, params, known)
+        expected = logits.clone()
+        for i, p in enumerate(params):
+            for token, value in p.logit_bias:
+                expected[i, token] += value
+        assert torch.equal(got, expected)
+        touched += not torch.equal(got, logits)
+    assert touched > 30
+
+
+def test_allowed_token_ids() -> None:
+    def some(r: np.random.Generator) -> tuple[int, ...]:
+        return tuple(r.integers(0, VOCAB, r.integers(1, 9)).tolist())  # a token may be named twice
+
+    touched = 0
+    for logits, params, known in cases(8, allowed_token_ids=some):
+        got = apply(AllowedTokens(len(params)), logits, params, known)
+        expected = logits.clone()
+        for i, p in enumerate(params):
+            if p.allowed_token_ids is not None:
+                expected[i, [t for t in range(VOCAB) if t not in p.allowed_token_ids]] = -INF
+        assert torch.equal(got, expected)
+        touched += not torch.equal(got, logits)
+    assert touched > 30
+
+
+def test_bad_words() -> None:
+    """Outputs are of tokens 0 to 5 (``cases``), so words of such tokens are begun often."""
+
+    def words(r: np.random.Generator) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(r.integers(0, 6, r.integers(1, 4)).tolist()) for _ in range(r.integers(1, 8)))
+
+    touched = 0
+    for logits, params, known in cases(9, bad_word_ids=words):
+        got = apply(BadWords(len(params)), logits, params, known)
+        expected = logits.clone()
+        for i, (p, (_, output)) in enumerate(zip(params, known, strict=True)):
+            for *begin, last in p.bad_word_ids:
+                if not begin or output[-len(begin) :] == begin:
+                    expected[i, last] = -INF
+        assert torch.equal(got, expected)
         touched += not torch.equal(got, logits)
     assert touched > 30
 

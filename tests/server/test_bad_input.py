@@ -177,7 +177,7 @@ def test_content_type(http: httpx.Client, path: str, kind: str | None) -> None:
 
 CHANGING = {
     "n": 2, "best_of": 2, "use_beam_search": True, "length_penalty": 0.5, "logprobs": 1, "top_logprobs": 1,
-    "prompt_logprobs": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [1], "bad_words": ["x"], "echo": True, "suffix": "x",
+    "prompt_logprobs": 1, "echo": True, "suffix": "x",
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5,
     "truncation_side": "left", "prompt_embeds": "x", "return_tokens_as_token_ids": True, "return_token_ids": True,

@@ -219,8 +219,20 @@ def test_openai_client(live: Live) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 6
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="wolf", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        client.completions.create(model="fox", prompt="x", logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.completions.create(model="fox", prompt="x", logprobs=1)
+
+
+def test_openai_client_names_tokens(live: Live) -> None:
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+    more = {"allowed_token_ids": [5, 6], "bad_words": ["fox", " bear "]}
+    client.completions.create(model="fox", prompt="x", max_tokens=2, logit_bias={"5": 1, "7": -100.0}, extra_body=more)
+    messages: Any = [{"role": "user", "content": "x"}]
+    client.chat.completions.create(model="fox", messages=messages, max_tokens=2, logit_bias={"7": -3}, extra_body=more)
+    for request, bias in zip(live.client.added, (((5, 1.0), (7, -100.0)), ((7, -3.0),)), strict=True):
+        asked = request.sampling
+        assert asked.logit_bias == bias and asked.allowed_token_ids == (5, 6) and asked.bad_words == ("fox", " bear ")
+        assert all(asked.bad_word_ids) and len(asked.bad_word_ids) >= 2
 
 
 def test_openai_client_gets_the_error_of_a_stream(live: Live) -> None:

@@ -10,8 +10,11 @@ which has imported all they need, they compile into Triton's cache on disk and n
 cache; a file in it says that it is complete.
 """
 
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from minivllm.kernels.triton.chip import Launch
 
 THREADS = 16  # they wait for the disk, for the C compiler that makes launchers, and for the driver
 MAX_PROCESSES = 12
+_PR_SET_PDEATHSIG = 1
 Play = Callable[[Launch], None]
 
 
@@ -85,7 +89,9 @@ class _NoDevice:
 
 
 def _without_device(target: Any) -> None:
-    """What a helper does first."""
+    """What a helper does first. It ends with the process that forked it, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     triton.runtime.driver.set_active(_NoDevice(target))
 
 
