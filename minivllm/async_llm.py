@@ -45,6 +45,8 @@ class Order:
     sampling: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    sample_index: int = 0  # which of the prompt's texts: part of the key of its random numbers
+    fork_of: str | None = None  # the order of the same prompt whose blocks it may share
 
 
 class Pacer:
@@ -313,6 +315,8 @@ class AsyncLLM:
             arrival_s=time.monotonic(),
             priority=order.priority,
             cache_salt=order.cache_salt,
+            sample_index=order.sample_index,
+            fork_of=order.fork_of,
         )
 
     async def close(self) -> None:

@@ -22,13 +22,13 @@ class Encodes(Protocol):
 
 
 def settle(sampling: SamplingParams, num_prompt: int, max_model_len: int, drawn_seed: int) -> SamplingParams:
-    """Fill in what depends on the prompt and the moment: the output limit and the seed. Raises ``ContextTooLong`` when prompt
-    and output do not fit the context."""
+    """Fill in what depends on the prompt and the moment: the output limit and the seed. What comes out is of one of the texts
+    that ``n`` asks for. Raises ``ContextTooLong`` when prompt and output do not fit the context."""
     max_tokens = sampling.max_tokens if sampling.max_tokens is not None else max(max_model_len - num_prompt, 1)
     if num_prompt + max_tokens > max_model_len:
         raise ContextTooLong(max_model_len, num_prompt, max_tokens)
     seed = sampling.seed if sampling.seed is not None else drawn_seed
-    return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
+    return msgspec.structs.replace(sampling, n=1, max_tokens=max_tokens, seed=seed)
 
 
 def spell(sampling: SamplingParams, tokenizer: Encodes, vocab_size: int) -> SamplingParams:

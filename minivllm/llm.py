@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
@@ -57,7 +59,8 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams],
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """Generate for all prompts as one changing batch; results come in the order of the prompts.
+        """Generate for all prompts as one changing batch; results come in the order of the prompts, the n of one prompt beside
+        each other.
 
         ``sampling`` is one for all or one for each. ``progress`` is called with the number of new tokens after each step.
         Raises ``RequestError`` before anything runs when a prompt or its sampling cannot be served, ``GenerationFailed`` when
@@ -69,9 +72,11 @@ class LLM:
         outputs = OutputProcessor(self.tokenizer)
         requests, done = [], {}
         for prompt, params in zip(prompts, each, strict=True):
-            request = self._request(prompt, params)
-            requests.append(request)
-            done[request.id] = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
+            first = self._request(prompt, params)
+            for i in range(params.n):
+                request = first if i == 0 else self._another(first, i, params.seed)
+                requests.append(request)
+                done[request.id] = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
         try:
             for request in requests:
                 self.engine.add(request)
@@ -92,6 +97,14 @@ class LLM:
             prompt_ids=ids,
             sampling=settle(params, len(ids), self.info.max_model_len, self._seeds.getrandbits(63)),
             arrival_s=time.monotonic(),
+        )
+
+    def _another(self, first: GenerateRequest, sample_index: int, seed: int | None) -> GenerateRequest:
+        """A further text of the same prompt."""
+        self._next_id += 1
+        sampling = msgspec.structs.replace(first.sampling, seed=self._seeds.getrandbits(63) if seed is None else seed)
+        return msgspec.structs.replace(
+            first, id=f"local-{self._next_id}", sampling=sampling, sample_index=sample_index, fork_of=first.id
         )
 
     def _run(

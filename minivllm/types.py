@@ -18,6 +18,7 @@ from minivllm.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
 LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
+MAX_SAMPLES = 128  # texts that a request may ask for of one prompt
 MAX_BIASED = 1024  # tokens that a logit_bias may name
 MAX_BAD_WORDS = 256  # each is compared with the end of the output at every token
 MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 300 bytes a character
@@ -37,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     a check. Raises ``InvalidRequest`` with the field in ``param``.
     """
 
+    n: int = 1  # texts of one prompt, each with random numbers of its own; a face makes as many requests of it
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
@@ -79,6 +81,10 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
 
 def _check_sampling(p: SamplingParams) -> None:
     """Raise ``InvalidRequest`` naming the first field that is out of its range."""
+    if not 1 <= p.n <= MAX_SAMPLES:
+        raise InvalidRequest(f"n must be from 1 to {MAX_SAMPLES}, got {p.n}.", "n")
+    if p.n > 1 and p.temperature < GREEDY_BELOW:
+        raise InvalidRequest("n must be 1 at temperature 0: all texts would be the same one.", "n")
     for name, low, high in (
         ("temperature", 0.0, 2.0),
         ("min_p", 0.0, 1.0),

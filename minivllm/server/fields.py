@@ -21,7 +21,6 @@ Values = Mapping[str, tuple[Any, ...]]
 NOT_SERVED: Values = MappingProxyType(
     {
         # both OpenAI routes
-        "n": (1,),
         "best_of": (1,),
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),

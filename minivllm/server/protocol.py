@@ -59,6 +59,7 @@ class OpenAIFields(SamplingFields, kw_only=True):
     """What the two OpenAI-compatible routes have in common."""
 
     model: str | None = None
+    n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
@@ -119,7 +120,7 @@ FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE
 def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
     served = (f for f in SamplingParams.__struct_fields__ if f != "bad_word_ids")
-    given = {f: value for f in served if (value := getattr(body, f)) is not None}
+    given = {f: value for f in served if (value := getattr(body, f, None)) is not None}
     stop = given.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stops):

@@ -51,13 +51,17 @@ class Serving:
         """A route's default of output tokens, cut to what the context has left; 1 where nothing is left, which is refused."""
         return max(1, min(wanted, self.llm.info.max_model_len - num_prompt))
 
-    def order(
+    def orders(
         self, request_id: str, ids: Sequence[int], sampling: SamplingParams, priority: int = 0, cache_salt: str = ""
-    ) -> Order:
-        """What is to be generated from ``ids``. Raises ``InvalidRequest`` for a priority that would have no effect."""
+    ) -> list[Order]:
+        """What is to be generated from ``ids``: one for each of ``sampling.n`` texts. Raises ``InvalidRequest`` for a priority
+        that would have no effect."""
         if priority and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequest("priority has no effect here; start the server with --scheduling-policy priority.", "priority")
-        return Order(request_id, ids, sampling, priority, cache_salt)
+        names = [request_id, *(f"{request_id}-{i}" for i in range(1, sampling.n))]
+        return [
+            Order(name, ids, sampling, priority, cache_salt, i, names[0] if i else None) for i, name in enumerate(names)
+        ]
 
     async def whole(self, orders: Sequence[Order], request: Request) -> list[RequestOutput]:
         """Generate for ``orders`` and wait until all have ended. Raises ``RequestError`` subclasses and ``ClientGone``."""

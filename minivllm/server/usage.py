@@ -13,6 +13,7 @@ from minivllm.types import RequestOutput
 class Counts:
     """Written by the route that writes the choices."""
 
+    num_samples: int  # neighbouring choices that are of one prompt
     newest: dict[int, RequestOutput] = field(default_factory=dict)  # of each choice
 
     def see(self, index: int, output: RequestOutput) -> None:
@@ -20,8 +21,9 @@ class Counts:
         self.newest[index] = output
 
     def usage(self) -> Usage:
-        """The sum so far."""
-        prompt, output = (sum(o.num_prompt for o in self.newest.values()), sum(o.num_output for o in self.newest.values()))
+        """The sum so far; a prompt counts once, however many texts are made of it."""
+        prompt = sum({index // self.num_samples: o.num_prompt for index, o in self.newest.items()}.values())
+        output = sum(o.num_output for o in self.newest.values())
         return Usage(prompt, prompt + output, output)
 
 

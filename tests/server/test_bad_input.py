@@ -176,7 +176,7 @@ def test_content_type(http: httpx.Client, path: str, kind: str | None) -> None:
 
 
 CHANGING = {
-    "n": 2, "best_of": 2, "use_beam_search": True, "length_penalty": 0.5, "logprobs": 1, "top_logprobs": 1,
+    "best_of": 2, "use_beam_search": True, "length_penalty": 0.5, "logprobs": 1, "top_logprobs": 1,
     "prompt_logprobs": 1, "echo": True, "suffix": "x",
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5,
@@ -207,7 +207,7 @@ def test_fields_that_are_not_served_are_refused_by_name(http: httpx.Client, name
 
 
 def test_true_is_not_one(http: httpx.Client) -> None:
-    assert refusal(http.post("/v1/completions", json={"prompt": "x", "n": True}), 400)["param"] == "n"
+    assert refusal(http.post("/v1/completions", json={"prompt": "x", "best_of": True}), 400)["param"] == "best_of"
 
 
 def test_harmless_fields_pass(http: httpx.Client) -> None:

@@ -223,6 +223,34 @@ def test_openai_client(live: Live) -> None:
         client.completions.create(model="fox", prompt="x", logprobs=1)
 
 
+def test_openai_client_asks_for_several_texts(live: Live) -> None:
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "x"}]
+    whole = client.completions.create(model="fox", prompt=["x", "y z"], max_tokens=6, n=3, seed=5)
+    assert [(c.index, c.text) for c in whole.choices] == [(i, said(live, 6)) for i in range(6)]
+    added = live.client.added
+    assert [r.sample_index for r in added] == [0, 1, 2] * 2 and {r.sampling.seed for r in added} == {5}
+    assert [r.fork_of for r in added] == [None, added[0].id, added[0].id, None, added[3].id, added[3].id]
+    assert whole.usage is not None and whole.usage.completion_tokens == 36
+    assert whole.usage.prompt_tokens == len(added[0].prompt_ids) + len(added[3].prompt_ids)
+    chat = client.chat.completions.create(model="fox", messages=messages, max_tokens=6, n=2)
+    assert [(c.index, c.message.content) for c in chat.choices] == [(i, said(live, 6)) for i in range(2)]
+    texts, roles, ends = {0: "", 1: ""}, [], []
+    options: Any = {"include_usage": True}
+    for chunk in client.chat.completions.create(
+        model="fox", messages=messages, max_tokens=6, n=2, stream=True, stream_options=options
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            roles += [choice.index] if choice.delta.role else []
+            ends += [choice.index] if choice.finish_reason else []
+    assert texts == {0: said(live, 6), 1: said(live, 6)} and sorted(roles) == sorted(ends) == [0, 1]
+    assert chunk.usage is not None and chunk.usage.completion_tokens == 12
+    assert chunk.usage.prompt_tokens == chat.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="n must be 1 at temperature 0"):
+        client.completions.create(model="fox", prompt="x", n=2, temperature=0)
+
+
 def test_openai_client_names_tokens(live: Live) -> None:
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     more = {"allowed_token_ids": [5, 6], "bad_words": ["fox", " bear "]}

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: the next message of a conversation, written with the model's own chat template."""
 
 import time
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -33,20 +34,20 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    """Answer a conversation, streamed or whole. Without a max_tokens the answer may fill the context."""
+    """Answer a conversation, once or n times, streamed or whole. Without a max_tokens the answer may fill the context."""
     s = serving(request)
     body = await read_json(request, CHAT)
     head = Head(new_id("chatcmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
-    order = await _order(s, body, head.id)
+    orders = await _orders(s, body, head.id)
+    counts = Counts(len(orders))
     if body.stream:
-        return EventStream(s, [order], _Script(head, usage))
-    (output,) = await s.whole([order], request)
-    return json_response(_whole(output, head))
+        return EventStream(s, orders, _Script(head, usage, counts))
+    return json_response(_whole(await s.whole(orders, request), head, counts))
 
 
-async def _order(s: Serving, body: ChatBody, request_id: str) -> Order:
-    """What is to be generated as the answer."""
+async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
+    """What is to be generated as answers: n of them."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
     sampling = sampling_of(body)
@@ -57,39 +58,38 @@ async def _order(s: Serving, body: ChatBody, request_id: str) -> Order:
         continue_final_message=goes_on,
     )
     ids = await s.encode(text, bool(body.add_special_tokens))
-    return s.order(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
+    return s.orders(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
 
 
-def _whole(output: RequestOutput, head: Head) -> ChatCompletion:
-    """The reply that holds the answer."""
-    counts = Counts()
-    counts.see(0, output)
-    choice = ChatChoice(0, ChatMessage(output.text), output.finish_reason, output.stop_reason)
-    return ChatCompletion(id=head.id, created=head.created, model=head.model, choices=(choice,), usage=counts.usage())
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts) -> ChatCompletion:
+    """The reply that holds every answer."""
+    for i, output in enumerate(outputs):
+        counts.see(i, output)
+    choices = tuple(ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason) for i, o in enumerate(outputs))
+    return ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
 
 
 class _Script:
-    """The role, then a chunk for each piece of text, then one with the finish reason."""
+    """For each answer the role, then a chunk for each piece of text, then one with the finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts) -> None:
         self._head = head
         self._usage = usage
-        self._counts = Counts()
-        self._begun = False
-        sample = ChatChunk(id=head.id, created=head.created, model=head.model, choices=(ChunkChoice(0, Delta(None, MARK)),))
-        self._pieces = TextEvents(sample)
+        self._counts = counts
+        self._pieces: dict[int, TextEvents] = {}  # of each answer that has begun
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """Up to three chunks."""
         self._counts.see(index, output)
         parts: list[bytes] = []
-        if not self._begun:
+        if index not in self._pieces:
             parts.append(self._chunk(ChunkChoice(index, Delta("assistant", ""))))
-            self._begun = True
+            head, choice = self._head, ChunkChoice(index, Delta(None, MARK))
+            self._pieces[index] = TextEvents(ChatChunk(id=head.id, created=head.created, model=head.model, choices=(choice,)))
         if output.text and self._usage.each:
             parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text))))
         elif output.text:
-            parts.append(self._pieces.event(output.text))
+            parts.append(self._pieces[index].event(output.text))
         if output.finish_reason is not None:
             parts.append(self._chunk(LastChunkChoice(index, Delta(), output.finish_reason, output.stop_reason)))
         return b"".join(parts)

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text goes on where the prompt ends. A list of prompts gives one choice each."""
+"""POST /v1/completions: text goes on where the prompt ends. A list of prompts gives n choices for each, in their order."""
 
 import time
 from collections.abc import Sequence
@@ -30,28 +30,28 @@ async def completions(request: Request) -> Response:
     head = Head(new_id("cmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
+    counts = Counts(orders[0].sampling.n)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage))
-    return json_response(_whole(await s.whole(orders, request), head))
+        return EventStream(s, orders, _Script(head, usage, counts))
+    return json_response(_whole(await s.whole(orders, request), head, counts))
 
 
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
-    """One for each prompt."""
+    """One for each text: n of each prompt."""
     prompts = prompts_of(body.prompt)
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, got {len(prompts)}.", "prompt")
+    if len(prompts) * max(body.n or 1, 1) > MAX_PROMPTS:
+        raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, n texts of one counted as n.", "prompt")
     special = body.add_special_tokens is not False
-    orders = []
+    orders: list[Order] = []
     for i, prompt in enumerate(prompts):
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
         sampling = sampling_of(body, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
-        orders.append(s.order(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or ""))
+        orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
     return orders
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head) -> Completion:
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts) -> Completion:
     """The reply that holds every choice."""
-    counts = Counts()
     for i, output in enumerate(outputs):
         counts.see(i, output)
     choices = tuple(CompletionChoice(i, o.text, None, o.finish_reason, o.stop_reason) for i, o in enumerate(outputs))
@@ -61,10 +61,10 @@ def _whole(outputs: Sequence[RequestOutput], head: Head) -> Completion:
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts) -> None:
         self._head = head
         self._usage = usage
-        self._counts = Counts()
+        self._counts = counts
         self._pieces: dict[int, TextEvents] = {}  # of each choice
 
     def piece(self, index: int, output: RequestOutput) -> bytes:

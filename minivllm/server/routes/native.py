@@ -33,7 +33,7 @@ async def generate(request: Request) -> Response:
     body = GENERATE.read(await read_body(request))
     ids = await s.encode(body.prompt)
     sampling = sampling_of(body, temperature=0.0, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
-    return EventStream(s, [s.order(new_id("gen"), ids, sampling)], _Script())
+    return EventStream(s, s.orders(new_id("gen"), ids, sampling), _Script())
 
 
 class _Script:
