@@ -81,8 +81,8 @@ class Scheduler:
         self._book.enter(request)
 
     def abort(self, ids: Iterable[str], now: float) -> int:
-        """End requests at once; unknown ids are passed over. Returns how many were there."""
-        found = [self._book.by_id[i] for i in ids if i in self._book.by_id]
+        """End requests at once; ids that are unknown, or named twice, are passed over. Returns how many were there."""
+        found = [self._book.by_id[i] for i in dict.fromkeys(ids) if i in self._book.by_id]
         for request in found:
             self._end(request, "abort", now)
         return len(found)
