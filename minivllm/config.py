@@ -51,6 +51,13 @@ class ModelConfig:
         int | None, Opt("Longest prompt plus output, in tokens; none: the model's, or what the cache holds.", low=1)
     ] = None
     chat_template: Annotated[str | None, Opt("File with a chat template to use instead of the model's.", common=False)] = None
+    generation_config: Annotated[
+        str,
+        Opt("Whose sampling defaults /v1 requests get: auto (the model's), vllm (none), or a folder's.", common=False),
+    ] = "auto"
+    override_generation_config: Annotated[
+        str | None, Opt("JSON object of sampling defaults that beat those of --generation-config.", common=False)
+    ] = None
     seed: Annotated[int, Opt("Seed of dummy weights and of requests' drawn seeds; requests may bring their own.", low=0)] = 0
 
 

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from minivllm.config import Config
-from minivllm.errors import ContextTooLong, InvalidRequest
+from minivllm.errors import ContextTooLong, InvalidOption, InvalidRequest
+from minivllm.model_files import read_json
 from minivllm.models.hub import fetch_model
 from minivllm.types import SamplingParams
+
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation_config.json may set here
 
 
 class Encodes(Protocol):
@@ -29,6 +32,39 @@ def settle(sampling: SamplingParams, num_prompt: int, max_model_len: int, drawn_
         raise ContextTooLong(max_model_len, num_prompt, max_tokens)
     seed = sampling.seed if sampling.seed is not None else drawn_seed
     return msgspec.structs.replace(sampling, n=1, max_tokens=max_tokens, seed=seed)
+
+
+def sampling_defaults(config: Config, model_folder: Path) -> dict[str, Any]:
+    """What /v1 requests get where they say nothing: the generation_config.json that the options name, and what
+    ``--override-generation-config`` says over it. Raises ``StartupError`` subclasses for what cannot be read or used."""
+    source = config.model.generation_config
+    found: dict[str, Any] = {}
+    if source != "vllm":
+        path = (model_folder if source == "auto" else Path(source)) / "generation_config.json"
+        found = read_json(path) if source != "auto" or path.is_file() else {}
+    if (override := config.model.override_generation_config) is not None:
+        found |= _override(override)
+    defaults = {name: found[name] for name in DEFAULTED if found.get(name) is not None}
+    try:
+        whole = msgspec.convert(defaults, SamplingParams)  # types and ranges
+        return {name: getattr(whole, name) for name in defaults}
+    except (InvalidRequest, msgspec.ValidationError) as error:
+        raise InvalidOption(
+            f"The sampling defaults {defaults} cannot be used: {error} Use --generation-config vllm to do without them."
+        ) from None
+
+
+def _override(text: str) -> dict[str, Any]:
+    """The value of ``--override-generation-config``."""
+    try:
+        found = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError:
+        raise InvalidOption(
+            f"--override-generation-config must be a JSON object such as {{\"temperature\": 0.5}}, got {text!r}."
+        ) from None
+    if unknown := sorted(found.keys() - set(DEFAULTED)):
+        raise InvalidOption(f"--override-generation-config knows {', '.join(DEFAULTED)}, but not {', '.join(unknown)}.")
+    return found
 
 
 def spell(sampling: SamplingParams, tokenizer: Encodes, vocab_size: int) -> SamplingParams:

@@ -25,6 +25,8 @@ MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton take
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+SETTLED = frozenset({"bad_word_ids"})  # fields of SamplingParams that no user gives: whoever takes a request fills them in
+
 # What a row wants of a step (RowWork.wants), as bits.
 WANT_SAMPLE = 1  # logits of the last position and a token from them
 WANT_PROMPT_LOGPROBS = 2  # logprobs of every prompt position in the chunk

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from minivllm.bench.workload import Item, RandomShape, custom_items, random_items
 from minivllm.cli.generate import token_bar
-from minivllm.cli.options import Parser, add_config, add_sampling, read_config, read_sampling
+from minivllm.cli.options import Parser, add_config, add_sampling, as_json, read_config, read_sampling
 from minivllm.cli.start import load_llm
 from minivllm.config import BUNDLED_MODEL
 from minivllm.errors import InvalidOption, ModelNotFound
@@ -151,7 +151,7 @@ def run_throughput(argv: Sequence[str]) -> int:
     parser = Parser("bench throughput", "How much a model completes per second, offline.")
     _add_workload(parser, num_prompts=1000)
     parser.add_argument("--output-json", metavar="FILE", help="write the result here too")
-    add_sampling(parser)
+    add_sampling(parser, leave_out=frozenset({"seed", "n"}))
     add_config(parser)
     found = parser.read(argv)
     config = read_config(found)
@@ -186,7 +186,7 @@ def run_latency(argv: Sequence[str]) -> int:
         group.add_argument(flag, type=_count, default=default, metavar="N", help=f"{what} [{default}]")
     group.add_argument("--num-iters-warmup", type=_count0, default=10, metavar="N", help="runs before those [10]")
     parser.add_argument("--output-json", metavar="FILE", help="write the result here too")
-    add_sampling(parser)
+    add_sampling(parser, leave_out=frozenset({"seed", "n"}))
     add_config(parser)
     found = parser.read(argv)
     config = read_config(found)
@@ -231,7 +231,7 @@ def _serve_parser() -> Parser:
     pace.add_argument("--num-warmups", type=_count0, default=0, metavar="N", help="requests before the clock starts [0]")
     pace.add_argument("--ready-check-timeout-sec", type=_count0, default=0, metavar="S", help="wait so long for the server [0]")
     pace.add_argument("--seed", type=_count0, default=0, help="of workload and arrivals [0]")
-    add_sampling(parser, leave_out=frozenset({"seed", "max_tokens"}))
+    add_sampling(parser, leave_out=frozenset({"seed", "n", "max_tokens"}))
     report = parser.add_argument_group("report")
     report.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="NAMES", help="of ttft,tpot,itl,e2el")
     report.add_argument("--metric-percentiles", default="99", metavar="P,...", help="[99]")
@@ -294,7 +294,7 @@ async def _load(found: argparse.Namespace, pace: Any) -> tuple[list[Any], float]
     except ValueError:
         raise InvalidOption("--header is written KEY=VALUE.") from None
     card = await _model_card(base, found.model, headers, found.ready_check_timeout_sec)
-    fields = read_sampling(found)
+    fields = as_json(read_sampling(found))
     if found.dataset_name == "random":
         fields.setdefault("ignore_eos", True)  # random prompts are for lengths, so outputs have the length asked for
     target = Target(base + found.endpoint, found.model or card["id"], fields, headers)

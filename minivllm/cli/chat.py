@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
-from minivllm.cli.options import Parser, add_config, add_model_argument, add_sampling, read_config, read_sampling
+from minivllm.cli.options import Parser, add_config, add_model_argument, add_sampling, as_json, read_config, read_sampling
 from minivllm.config import options
 from minivllm.errors import EngineDead, InvalidOption, MiniVLLMError
 
@@ -100,7 +100,7 @@ def run(argv: Sequence[str]) -> int:
     add_model_argument(parser)
     parser.add_argument("--url", help="talk to a running server, such as http://127.0.0.1:8000, instead")
     parser.add_argument("--system", metavar="TEXT", help="a system message that every conversation begins with")
-    add_sampling(parser)
+    add_sampling(parser, leave_out=frozenset({"seed", "n"}))
     add_config(parser)
     found = parser.read(argv)
     name = found.model_name if found.model_name is not None else vars(found).get("model")
@@ -109,7 +109,7 @@ def run(argv: Sequence[str]) -> int:
         raise InvalidOption(f"{own[0]} is settled by the server at --url; leave it out here and give it there.")
     with asyncio.Runner() as runner:
         if found.url is not None:
-            backend: Backend = RemoteBackend(found.url, name, read_sampling(found))
+            backend: Backend = RemoteBackend(found.url, name, as_json(read_sampling(found)))
         else:
             backend = runner.run(_start_local(found))
         try:

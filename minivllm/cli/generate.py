@@ -17,7 +17,7 @@ import msgspec
 from minivllm.cli.options import Parser, add_config, add_sampling, read_config, read_sampling
 from minivllm.cli.start import load_llm
 from minivllm.errors import InvalidOption, InvalidRequest
-from minivllm.types import SamplingParams
+from minivllm.types import SETTLED, SamplingParams
 
 DEFAULT_MAX_TOKENS: Final = 256  # a model without an end token would otherwise fill its whole context
 
@@ -102,11 +102,13 @@ def _json_request(line: str, where: str, base: dict[str, Any]) -> Request:
 
 def _sampling(fields: dict[str, Any], where: str) -> SamplingParams:
     """Build checked sampling settings; unknown names and wrong types are refused."""
-    known = SamplingParams.__struct_fields__
+    known = [name for name in SamplingParams.__struct_fields__ if name not in SETTLED]
     if unknown := [name for name in fields if name not in known]:
         raise InvalidOption(f"{where}: there is no sampling field {unknown[0]!r}; there are {', '.join(known)}.")
     if isinstance(fields.get("stop"), str):
         fields = {**fields, "stop": [fields["stop"]]}
+    if isinstance(bias := fields.get("logit_bias"), dict):
+        fields = {**fields, "logit_bias": [[int(t) if t.isdecimal() else t, value] for t, value in bias.items()]}
     try:
         return msgspec.convert(fields, SamplingParams)
     except msgspec.ValidationError as error:
@@ -130,7 +132,7 @@ def _record(completion: Any) -> dict[str, Any]:
 
 def _most_tokens(requests: Sequence[Request]) -> int | None:
     """The most tokens that may come, for the bar's end; None when a request has no limit."""
-    limits = [r.sampling.max_tokens for r in requests]
+    limits = [r.sampling.max_tokens and r.sampling.max_tokens * r.sampling.n for r in requests]
     return sum(n for n in limits if n) if all(limits) else None
 
 

@@ -78,6 +78,15 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return convert
 
 
+def _pair(text: str) -> tuple[int, float]:
+    """Read a token id and its number."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError("a token id and a number, as in 42=-100") from None
+
+
 def plain_type(annotation: Any) -> Any:
     """The type without ``| None``."""
     if get_origin(annotation) in (Union, types.UnionType):
@@ -93,6 +102,8 @@ def converter(name: str, annotation: Any) -> Callable[[str], Any]:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return _one_of([str(c) for c in get_args(kind)])
+    if get_origin(kind) is tuple:
+        return _pair
     if kind is int:
         return parse_size if name in _SIZED or name.endswith("_bytes") else _whole
     plain: dict[Any, Callable[[str], Any]] = {bool: _truth, float: _number, str: str}
@@ -298,12 +309,12 @@ def _from_environment(option: Option, text: str) -> Any:
 
 def add_sampling(parser: Parser, leave_out: frozenset[str] = frozenset({"seed"})) -> None:
     """Add an option for each field of ``SamplingParams``. ``seed`` is left out where the engine's own --seed is an option."""
-    from minivllm.types import SamplingParams
+    from minivllm.types import SETTLED, SamplingParams
 
     group = parser.add_argument_group("sampling")
     plain = SamplingParams()
     for name, annotation in get_type_hints(SamplingParams).items():
-        if name in leave_out or name.startswith("_"):
+        if name in leave_out or name in SETTLED:
             continue
         default = getattr(plain, name)
         common: dict[str, Any] = {
@@ -318,7 +329,8 @@ def add_sampling(parser: Parser, leave_out: frozenset[str] = frozenset({"seed"})
             continue
         if get_origin(kind) is tuple:
             common["nargs"] = "+"
-        metavar = {int: "N", float: "X"}.get(kind, "TEXT" if name == "stop" else "ID")
+        item = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        metavar = {int: "ID" if item is not kind else "N", float: "X", str: "TEXT"}.get(item, "ID=X")
         group.add_argument(flag, type=_told(converter(name, annotation)), metavar=metavar, **common)
 
 
@@ -326,6 +338,12 @@ def read_sampling(found: argparse.Namespace) -> dict[str, Any]:
     """The sampling fields that were given, for ``SamplingParams(**...)``."""
     given = {k.removeprefix("sampling."): v for k, v in vars(found).items() if k.startswith("sampling.")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields as a server takes them."""
+    pairs = {"logit_bias": {str(token): value for token, value in fields["logit_bias"]}} if "logit_bias" in fields else {}
+    return {**fields, **pairs}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

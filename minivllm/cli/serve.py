@@ -32,9 +32,10 @@ def run(argv: Sequence[str]) -> int:
 async def _serve(config: Config) -> int:
     """Load the model, serve it, and end the engine afterwards."""
     from minivllm.cli.start import memory_table, start_llm
-    from minivllm.door import locate
+    from minivllm.door import locate, sampling_defaults
 
     config, folder = locate(config)
+    defaults = sampling_defaults(config, folder)
     llm = await start_llm(config, folder, _import_server)
     try:
         from minivllm.server.application import create_app
@@ -42,9 +43,11 @@ async def _serve(config: Config) -> int:
 
         def announce(server: Server) -> None:
             names = ", ".join(config.served_names)
+            if defaults:
+                print("Sampling defaults of /v1: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
             print(f"{memory_table(llm.info)}\nServing {names} on {server.url} (Ctrl-C stops)", flush=True)
 
-        return await serve(create_app(llm, config), config, llm, announce)
+        return await serve(create_app(llm, config, defaults), config, llm, announce)
     finally:
         await llm.close()
 

@@ -6,7 +6,9 @@ in one of the handlers below, the only makers of error answers above the HTTP pa
 
 import logging
 import time
+from collections.abc import Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,8 +35,9 @@ CLIENT_CLOSED = 499  # never sent: nobody is there to read it
 logger = logging.getLogger("minivllm.server")
 
 
-def create_app(llm: "AsyncLLM", config: Config) -> FastAPI:
-    """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does)."""
+def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, Any] = MappingProxyType({})) -> FastAPI:
+    """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does).
+    ``sampling_defaults``: of the /v1 routes (``door.sampling_defaults``)."""
     drain = Drain()
     app = FastAPI(
         title="mini-vLLM",
@@ -49,7 +52,7 @@ def create_app(llm: "AsyncLLM", config: Config) -> FastAPI:
             Exception: _unexpected,
         },
     )
-    app.state.serving = Serving(llm, config, int(time.time()), drain)
+    app.state.serving = Serving(llm, config, int(time.time()), drain, sampling_defaults)
     for route in (native, completions, chat, models, tokenize, health, metrics):
         app.include_router(route.router)
     _describe_bodies(app)

@@ -5,12 +5,13 @@ here: header limits and the drain are those of ``mini-vllm serve`` (``http.py``)
 """
 
 import asyncio
+from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.async_llm import AsyncLLM
 from minivllm.config import environment, make_config
-from minivllm.door import locate, tokenizer_folder
+from minivllm.door import locate, sampling_defaults, tokenizer_folder
 from minivllm.engine.process import start_engine
 from minivllm.errors import StartupError
 from minivllm.observe.metrics import metrics_for
@@ -42,7 +43,7 @@ class DevelopmentApp:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         pump = asyncio.create_task(llm.run())
-        self._app = create_app(llm, llm.config)
+        self._app = create_app(llm, llm.config, sampling_defaults(llm.config, Path(llm.config.model.model)))
         await send({"type": "lifespan.startup.complete"})
         await receive()
         pump.cancel()

@@ -2,8 +2,8 @@
 
 Structs check types only (strictly: "1" is not a number). Ranges are checked by ``types.SamplingParams``, which every face
 builds, and ``fields.py`` says what becomes of fields that are not served. null means "not given", as clients of this
-protocol send it. Defaults: a field of the request beats the route's default; /v1 samples at temperature 1 as its clients
-expect, /generate is greedy.
+protocol send it. Defaults: a field of the request beats the model's generation_config.json, which beats the route's default;
+/v1 samples at temperature 1 as its clients expect, /generate is greedy and looks at no such file.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import msgspec
 
 from minivllm.errors import InvalidRequest, MalformedBody, UnsupportedField
 from minivllm.server.fields import HARMLESS, MESSAGE_NOT_SERVED, NATIVE_NOT_SERVED, NOT_SERVED, Form, check_not_served
-from minivllm.types import SamplingParams
+from minivllm.types import SETTLED, SamplingParams
 
 MAX_STOPS = 64  # each is searched for at every token
 MAX_STOP_CHARS = 1024
@@ -119,7 +119,7 @@ FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE
 
 def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
-    served = (f for f in SamplingParams.__struct_fields__ if f != "bad_word_ids")
+    served = (f for f in SamplingParams.__struct_fields__ if f not in SETTLED)
     given = {f: value for f in served if (value := getattr(body, f, None)) is not None}
     stop = given.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -6,9 +6,9 @@ format.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -32,6 +32,7 @@ class Serving:
     config: Config
     created: int  # unix time
     drain: Drain = field(default_factory=Drain)
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the /v1 routes: what the model's makers advise
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ``UnknownModel`` when the request asks for one that is not served."""

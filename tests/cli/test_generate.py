@@ -89,11 +89,12 @@ def test_lines_of_stdin(spoken: Spoken, typed: Callable[[str], None]) -> None:
 
 
 def test_jsonl_lines_bring_their_own_sampling(spoken: Spoken, typed: Callable[[str], None]) -> None:
-    typed('{"prompt": "one", "max_tokens": 2, "seed": 5, "stop": "x"}\n{"prompt": "two\\nlines"}\n')
+    typed('{"prompt": "one", "max_tokens": 2, "seed": 5, "stop": "x", "logit_bias": {"7": -3}}\n{"prompt": "two\\nlines"}\n')
     assert main(["generate", "--top-p", "0.5"]) == 0
     assert spoken.prompts == ["one", "two\nlines"]
     first, second = spoken.sampling
     assert (first.max_tokens, first.seed, first.stop, first.top_p) == (2, 5, ("x",), 0.5)
+    assert first.logit_bias == ((7, -3.0),) and second.logit_bias == ()
     assert (second.max_tokens, second.seed, second.top_p) == (DEFAULT_MAX_TOKENS, None, 0.5)
 
 

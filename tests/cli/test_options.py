@@ -9,6 +9,7 @@ from minivllm.cli.options import (
     Parser,
     add_config,
     add_sampling,
+    as_json,
     flat_options,
     help_topic,
     markdown,
@@ -19,7 +20,7 @@ from minivllm.cli.options import (
 )
 from minivllm.config import Config, make_config, options
 from minivllm.errors import InvalidOption
-from minivllm.types import SamplingParams
+from minivllm.types import SETTLED, SamplingParams
 
 
 @pytest.fixture
@@ -185,12 +186,20 @@ def test_help_is_not_asked_for_after_a_double_hyphen() -> None:
 def test_sampling_options_reflect_every_field() -> None:
     parser = Parser("generate", "Generate.")
     add_sampling(parser)
-    given = read_sampling(parser.read(["--stop", "a", "b", "--stop-token-ids", "1", "2", "--ignore-eos", "--top_p", "0.5"]))
-    assert given == {"stop": ("a", "b"), "stop_token_ids": (1, 2), "ignore_eos": True, "top_p": 0.5}
+    words = "--stop a b --stop-token-ids 1 2 --ignore-eos --top_p 0.5 --logit-bias 4=-100 7=1.5 --bad-words x"
+    words += " --allowed-token-ids 3"
+    given = read_sampling(parser.read(words.split()))
+    assert given == {
+        "stop": ("a", "b"), "stop_token_ids": (1, 2), "ignore_eos": True, "top_p": 0.5, "logit_bias": ((4, -100.0), (7, 1.5)),
+        "bad_words": ("x",), "allowed_token_ids": (3,),
+    }  # fmt: skip
+    assert as_json(given) == {**given, "logit_bias": {"4": -100.0, "7": 1.5}} and as_json({"n": 2}) == {"n": 2}
+    with pytest.raises(InvalidOption, match="as in 42=-100"):
+        parser.read(["--logit-bias", "4:1"])
     SamplingParams(**given)
     flags = {f for action in parser._actions for f in action.option_strings}
     for name in SamplingParams.__struct_fields__:
-        assert name == "seed" or "--" + name.replace("_", "-") in flags
+        assert name in ("seed", *SETTLED) or "--" + name.replace("_", "-") in flags
 
 
 def test_flat_options_make_the_same_config(parser: Parser) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -249,6 +250,22 @@ def test_openai_client_asks_for_several_texts(live: Live) -> None:
     assert chunk.usage.prompt_tokens == chat.usage.prompt_tokens
     with pytest.raises(openai.BadRequestError, match="n must be 1 at temperature 0"):
         client.completions.create(model="fox", prompt="x", n=2, temperature=0)
+
+
+def test_defaults_of_the_model(live: Live) -> None:
+    """A request's own values beat them; the native route has none."""
+    state, before = live.app.state, live.app.state.serving
+    state.serving = replace(before, sampling_defaults={"temperature": 0.6, "top_k": 20})
+    try:
+        with httpx.Client(base_url=live.url) as http:
+            for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", CHAT)):
+                http.post(path, json=body)
+                http.post(path, json={**body, "temperature": 1.5, "top_k": 0})
+            http.post("/generate", json={"prompt": "x"})
+    finally:
+        state.serving = before
+    found = [(r.sampling.temperature, r.sampling.top_k) for r in live.client.added]
+    assert found == [(0.6, 20), (1.5, 0)] * 2 + [(0.0, 0)]
 
 
 def test_openai_client_names_tokens(live: Live) -> None:

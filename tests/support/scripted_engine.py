@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tokenizers
 import uvloop
+from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minivllm.async_llm import AsyncLLM
@@ -144,6 +145,7 @@ class Live:
         self.delay_s = delay_s
         self.client: ScriptedClient
         self.llm: AsyncLLM
+        self.app: FastAPI
         self.server: Server
         self.exit_code: int | None = None
         self._ready = threading.Event()
@@ -158,7 +160,8 @@ class Live:
         self._loop = asyncio.get_running_loop()
         self.client = ScriptedClient(self.tokenizer, delay_s=self.delay_s)
         self.llm = AsyncLLM(self.client, self.tokenizer, self.config, metrics_for(self.config, self.client.info))
-        self.exit_code = await serve(create_app(self.llm, self.config), self.config, self.llm, self._is_ready)
+        self.app = create_app(self.llm, self.config)
+        self.exit_code = await serve(self.app, self.config, self.llm, self._is_ready)
 
     def _is_ready(self, server: Server) -> None:
         self.server = server

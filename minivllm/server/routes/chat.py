@@ -50,7 +50,7 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
     """What is to be generated as answers: n of them."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
-    sampling = sampling_of(body)
+    sampling = sampling_of(body, **s.sampling_defaults)
     goes_on = bool(body.continue_final_message)
     text = s.llm.tokenizer.render_chat(
         messages_of(body.messages),

@@ -45,7 +45,8 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     orders: list[Order] = []
     for i, prompt in enumerate(prompts):
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
-        sampling = sampling_of(body, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
+        max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
+        sampling = sampling_of(body, **s.sampling_defaults, max_tokens=max_tokens)
         orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
     return orders
 
