@@ -141,6 +141,9 @@ class ServerConfig:
     shutdown_timeout_s: Annotated[
         float, Opt("After SIGTERM, time for running requests to finish.", low=0.0, flags=("--shutdown-timeout",))
     ] = 30.0
+    enable_prompt_tokens_details: Annotated[
+        bool, Opt("Say in the usage how many prompt tokens were found in the cache.", common=False)
+    ] = False
     metrics_prefix: Annotated[str, Opt("Prefix of the Prometheus names.", common=False)] = "vllm:"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Opt("How much is logged.")] = "info"
     access_log: Annotated[bool, Opt("Log one line per HTTP request.", common=False)] = False

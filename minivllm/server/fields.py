@@ -34,8 +34,6 @@ NOT_SERVED: Values = MappingProxyType(
         "thinking_token_budget": (),
         "repetition_detection": (),
         "spaces_between_special_tokens": (True,),
-        "truncate_prompt_tokens": (),
-        "truncation_side": (),
         "prompt_embeds": (),
         "return_tokens_as_token_ids": (False,),
         "return_token_ids": (False,),

@@ -65,6 +65,8 @@ class OpenAIFields(SamplingFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None  # of a longer prompt so many are kept; -1: as many as the context has room for
+    truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
 
 
 class CompletionBody(OpenAIFields, kw_only=True):
@@ -134,6 +136,22 @@ def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     except ValueError:
         raise InvalidRequest("The keys of logit_bias must be token ids, as in {\"42\": -100}.", "logit_bias") from None
     return SamplingParams(**{**defaults, **given})
+
+
+def truncated(ids: list[int], body: OpenAIFields, max_model_len: int) -> list[int]:
+    """What ``truncate_prompt_tokens`` leaves of a prompt. Raises ``InvalidRequest``."""
+    asked = body.truncate_prompt_tokens
+    if asked is None:
+        if body.truncation_side is not None:
+            raise InvalidRequest("truncation_side has no effect without truncate_prompt_tokens; give both.", "truncation_side")
+        return ids
+    if asked != -1 and not 1 <= asked <= max_model_len:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be -1 or from 1 to the context of {max_model_len} tokens, got {asked}.",
+            "truncate_prompt_tokens",
+        )
+    kept = asked if asked != -1 else max(1, max_model_len - max(1, body.max_tokens or 1))
+    return ids[:kept] if body.truncation_side == "right" else ids[-kept:]
 
 
 def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

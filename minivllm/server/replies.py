@@ -18,12 +18,19 @@ MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every charact
 encode = msgspec.json.Encoder().encode
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True, gc=False):
+    """What is known of the prompts' tokens."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of a request: those of the prompts, those generated, and both."""
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, gc=False):

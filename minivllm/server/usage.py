@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from minivllm.errors import InvalidRequest, RequestError
 from minivllm.server.protocol import OpenAIFields
-from minivllm.server.replies import Usage, error_body
+from minivllm.server.replies import PromptTokensDetails, Usage, error_body
 from minivllm.server.sse import DONE, json_event
 from minivllm.types import RequestOutput
 
@@ -14,6 +14,7 @@ class Counts:
     """Written by the route that writes the choices."""
 
     num_samples: int  # neighbouring choices that are of one prompt
+    details: bool  # whether the usage says what was found in the cache
     newest: dict[int, RequestOutput] = field(default_factory=dict)  # of each choice
 
     def see(self, index: int, output: RequestOutput) -> None:
@@ -22,8 +23,12 @@ class Counts:
 
     def usage(self) -> Usage:
         """The sum so far; a prompt counts once, however many texts are made of it."""
-        prompt = sum({index // self.num_samples: o.num_prompt for index, o in self.newest.items()}.values())
+        first = {index // self.num_samples: o for index, o in sorted(self.newest.items(), reverse=True)}  # of each prompt
+        prompt = sum(o.num_prompt for o in first.values())
         output = sum(o.num_output for o in self.newest.values())
+        if self.details:
+            details = PromptTokensDetails(sum(o.num_cached for o in first.values()))
+            return Usage(prompt, prompt + output, output, details)
         return Usage(prompt, prompt + output, output)
 
 

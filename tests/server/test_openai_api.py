@@ -268,6 +268,41 @@ def test_defaults_of_the_model(live: Live) -> None:
     assert found == [(0.6, 20), (1.5, 0)] * 2 + [(0.0, 0)]
 
 
+def test_prompts_are_cut(http: httpx.Client, live: Live) -> None:
+    def asked(**more: Any) -> tuple[int, ...]:
+        assert http.post("/v1/completions", json={"prompt": list(range(20, 80)), "max_tokens": 5, **more}).status_code == 200
+        ids: tuple[int, ...] = live.client.added.pop().prompt_ids
+        return ids
+
+    assert asked(truncate_prompt_tokens=3) == (77, 78, 79)
+    assert asked(truncate_prompt_tokens=3, truncation_side="right") == (20, 21, 22)
+    assert asked(truncate_prompt_tokens=100) == asked() == tuple(range(20, 80))
+    most = live.client.info.max_model_len
+    long = list(range(20, 120)) * (most // 100 + 1)
+    assert len(asked(prompt=long, truncate_prompt_tokens=-1)) == most - 5
+    http.post("/v1/chat/completions", json={**CHAT, "truncate_prompt_tokens": 4})
+    assert len(live.client.added.pop().prompt_ids) == 4
+    for more, name in (
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": most + 1}, "truncate_prompt_tokens"),
+        ({"truncation_side": "left"}, "truncation_side"),
+    ):
+        reply = http.post("/v1/completions", json={"prompt": "x", **more})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == name
+
+
+def test_the_usage_tells_what_was_cached_where_it_is_asked_to(live: Live) -> None:
+    state, before = live.app.state, live.app.state.serving
+    config = replace(before.config, server=replace(before.config.server, enable_prompt_tokens_details=True))
+    state.serving = replace(before, config=config)
+    try:
+        usage = httpx.post(f"{live.url}/v1/completions", json={**COMPLETION, "n": 2}).json()["usage"]
+    finally:
+        state.serving = before
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0} and usage["completion_tokens"] == 12
+    assert "prompt_tokens_details" not in httpx.post(f"{live.url}/v1/completions", json=COMPLETION).json()["usage"]
+
+
 def test_openai_client_names_tokens(live: Live) -> None:
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     more = {"allowed_token_ids": [5, 6], "bad_words": ["fox", " bear "]}

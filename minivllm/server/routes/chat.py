@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import RequestError
-from minivllm.server.protocol import CHAT, ChatBody, messages_of, sampling_of
+from minivllm.server.protocol import CHAT, ChatBody, messages_of, sampling_of, truncated
 from minivllm.server.replies import (
     ChatChoice,
     ChatChunk,
@@ -40,7 +40,7 @@ async def chat_completions(request: Request) -> Response:
     head = Head(new_id("chatcmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
-    counts = Counts(len(orders))
+    counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
     if body.stream:
         return EventStream(s, orders, _Script(head, usage, counts))
     return json_response(_whole(await s.whole(orders, request), head, counts))
@@ -57,7 +57,7 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
         add_generation_prompt=(not goes_on) if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=goes_on,
     )
-    ids = await s.encode(text, bool(body.add_special_tokens))
+    ids = truncated(await s.encode(text, bool(body.add_special_tokens)), body, s.llm.info.max_model_len)
     return s.orders(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
 
 

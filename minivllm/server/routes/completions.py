@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import InvalidRequest, RequestError
-from minivllm.server.protocol import COMPLETION, CompletionBody, prompts_of, sampling_of
+from minivllm.server.protocol import COMPLETION, CompletionBody, prompts_of, sampling_of, truncated
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
@@ -30,7 +30,7 @@ async def completions(request: Request) -> Response:
     head = Head(new_id("cmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
-    counts = Counts(orders[0].sampling.n)
+    counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
     if body.stream:
         return EventStream(s, orders, _Script(head, usage, counts))
     return json_response(_whole(await s.whole(orders, request), head, counts))
@@ -45,6 +45,7 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     orders: list[Order] = []
     for i, prompt in enumerate(prompts):
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
+        ids = truncated(ids, body, s.llm.info.max_model_len)
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
         sampling = sampling_of(body, **s.sampling_defaults, max_tokens=max_tokens)
         orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
