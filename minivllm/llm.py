@@ -15,7 +15,7 @@ import msgspec
 from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
-from minivllm.errors import GenerationFailed
+from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams
@@ -88,6 +88,8 @@ class LLM:
         return list(done.values())
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerateRequest:
+        if isinstance(prompt, int):
+            raise InvalidRequest("prompts is a list of texts or of lists of ids; put these ids into one more list.", "prompt")
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(ids, self.info.vocab_size)
         params = spell(params, self.tokenizer, self.info.vocab_size)

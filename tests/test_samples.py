@@ -54,3 +54,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         with pytest.raises(InvalidRequest) as caught:
             asked(**more)
         assert caught.value.param == "n"
+
+
+def test_a_flat_list_of_ids_is_explained(llm: LLM) -> None:
+    ids: Any = [5, 6, 7]
+    with pytest.raises(InvalidRequest, match="one more list"):
+        llm.generate(ids, asked())

@@ -36,7 +36,6 @@ NOT_SERVED: Values = MappingProxyType(
         "spaces_between_special_tokens": (True,),
         "prompt_embeds": (),
         "return_tokens_as_token_ids": (False,),
-        "return_token_ids": (False,),
         "return_token_offsets": (False,),
         "return_prompt_text": (False,),
         "request_id": (),

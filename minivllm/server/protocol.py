@@ -67,6 +67,7 @@ class OpenAIFields(SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None  # of a longer prompt so many are kept; -1: as many as the context has room for
     truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
+    return_token_ids: bool | None = None
 
 
 class CompletionBody(OpenAIFields, kw_only=True):

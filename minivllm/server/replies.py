@@ -18,6 +18,9 @@ MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every charact
 encode = msgspec.json.Encoder().encode
 
 
+TokenIds = tuple[int, ...] | msgspec.UnsetType  # left out where return_token_ids does not ask for them
+
+
 class PromptTokensDetails(msgspec.Struct, frozen=True, gc=False):
     """What is known of the prompts' tokens."""
 
@@ -41,6 +44,8 @@ class CompletionChoice(msgspec.Struct, frozen=True, gc=False):
     logprobs: None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    token_ids: TokenIds = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class Completion(
@@ -76,6 +81,7 @@ class ChatChoice(msgspec.Struct, frozen=True, gc=False):
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_field="object", tag="chat.completion"):
@@ -86,6 +92,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_fi
     model: str
     choices: tuple[ChatChoice, ...]
     usage: Usage
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -102,6 +109,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, gc=False):
     delta: Delta
     logprobs: None = None
     finish_reason: None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class LastChunkChoice(msgspec.Struct, frozen=True, gc=False):
@@ -112,6 +120,7 @@ class LastChunkChoice(msgspec.Struct, frozen=True, gc=False):
     finish_reason: FinishReason
     stop_reason: int | str | None
     logprobs: None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatChunk(
@@ -124,6 +133,7 @@ class ChatChunk(
     model: str
     choices: tuple[ChunkChoice | LastChunkChoice, ...]
     usage: Usage | None = None
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class ModelPermission(msgspec.Struct, frozen=True, gc=False):

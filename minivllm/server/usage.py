@@ -1,10 +1,13 @@
 """Counting a reply's tokens over its choices, and what a stream tells of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from msgspec import UNSET
 
 from minivllm.errors import InvalidRequest, RequestError
 from minivllm.server.protocol import OpenAIFields
-from minivllm.server.replies import PromptTokensDetails, Usage, error_body
+from minivllm.server.replies import PromptTokensDetails, TokenIds, Usage, error_body
 from minivllm.server.sse import DONE, json_event
 from minivllm.types import RequestOutput
 
@@ -30,6 +33,21 @@ class Counts:
             details = PromptTokensDetails(sum(o.num_cached for o in first.values()))
             return Usage(prompt, prompt + output, output, details)
         return Usage(prompt, prompt + output, output)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The token ids that ``return_token_ids`` asks for: of each choice's prompt; None: they are not asked for."""
+
+    prompts: Sequence[Sequence[int]] | None
+
+    def prompt(self, index: int) -> TokenIds:
+        """Those of a choice's prompt."""
+        return UNSET if self.prompts is None else tuple(self.prompts[index])
+
+    def new(self, output: RequestOutput) -> TokenIds:
+        """Those of a new output."""
+        return UNSET if self.prompts is None else output.token_ids
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ CHANGING = {
     "prompt_logprobs": 1, "echo": True, "suffix": "x",
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "prompt_embeds": "x",
-    "return_tokens_as_token_ids": True, "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
     "return_token_offsets": True, "return_prompt_text": True, "request_id": "x", "kv_transfer_params": {"a": 1},
     "vllm_xargs": {"a": 1}, "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{"name": "x"}],
     "function_call": "auto", "reasoning_effort": "high", "include_reasoning": False, "verbosity": "low",

@@ -268,6 +268,27 @@ def test_defaults_of_the_model(live: Live) -> None:
     assert found == [(0.6, 20), (1.5, 0)] * 2 + [(0.0, 0)]
 
 
+def test_token_ids_come_back(http: httpx.Client, live: Live) -> None:
+    story, asked = live.tokenizer.encode(STORY)[:6], {"return_token_ids": True, "n": 2}
+    whole = http.post("/v1/completions", json={**COMPLETION, **asked}).json()
+    prompt = list(live.client.added[0].prompt_ids)
+    assert [(c["token_ids"], c["prompt_token_ids"]) for c in whole["choices"]] == [(story, prompt)] * 2
+    chat = http.post("/v1/chat/completions", json={**CHAT, **asked}).json()
+    chat_prompt = list(live.client.added[2].prompt_ids)
+    assert chat["prompt_token_ids"] == chat_prompt and [c["token_ids"] for c in chat["choices"]] == [story] * 2
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        chunks = events(http.post(path, json={**body, **asked, "stream": True}).text)[:-1]
+        found: dict[int, list[int]] = {0: [], 1: []}
+        prompts = [c["prompt_token_ids"] for c in chunks if "prompt_token_ids" in c]
+        for choice in (choice for c in chunks for choice in c["choices"]):
+            found[choice["index"]] += choice.get("token_ids", [])
+            prompts += [choice["prompt_token_ids"]] if "prompt_token_ids" in choice else []
+        assert found == {0: story, 1: story}
+        assert prompts == ([prompt] * 2 if body is COMPLETION else [chat_prompt])
+    plain = http.post("/v1/completions", json=COMPLETION).text + http.post("/v1/chat/completions", json=CHAT).text
+    assert "token_ids" not in plain
+
+
 def test_prompts_are_cut(http: httpx.Client, live: Live) -> None:
     def asked(**more: Any) -> tuple[int, ...]:
         assert http.post("/v1/completions", json={"prompt": list(range(20, 80)), "max_tokens": 5, **more}).status_code == 200

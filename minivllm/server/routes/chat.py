@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +20,7 @@ from minivllm.server.replies import (
     Delta,
     Head,
     LastChunkChoice,
+    TokenIds,
     Usage,
     encode,
     json_response,
@@ -26,7 +28,7 @@ from minivllm.server.replies import (
 )
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
-from minivllm.server.usage import Counts, StreamUsage, stream_failure, stream_usage
+from minivllm.server.usage import Counts, Ids, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
 router = APIRouter()
@@ -41,9 +43,10 @@ async def chat_completions(request: Request) -> Response:
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
     counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
+    ids = Ids([order.prompt_ids for order in orders] if body.return_token_ids else None)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts))
-    return json_response(_whole(await s.whole(orders, request), head, counts))
+        return EventStream(s, orders, _Script(head, usage, counts, ids))
+    return json_response(_whole(await s.whole(orders, request), head, counts, ids))
 
 
 async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
@@ -61,21 +64,27 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
     return s.orders(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts) -> ChatCompletion:
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Ids) -> ChatCompletion:
     """The reply that holds every answer."""
     for i, output in enumerate(outputs):
         counts.see(i, output)
-    choices = tuple(ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason) for i, o in enumerate(outputs))
-    return ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
+    choices = tuple(
+        ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason, token_ids=ids.new(o)) for i, o in enumerate(outputs)
+    )
+    told, prompt = counts.usage(), ids.prompt(0)
+    return ChatCompletion(
+        id=head.id, created=head.created, model=head.model, choices=choices, usage=told, prompt_token_ids=prompt
+    )
 
 
 class _Script:
     """For each answer the role, then a chunk for each piece of text, then one with the finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, ids: Ids) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
+        self._ids = ids
         self._pieces: dict[int, TextEvents] = {}  # of each answer that has begun
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
@@ -83,11 +92,12 @@ class _Script:
         self._counts.see(index, output)
         parts: list[bytes] = []
         if index not in self._pieces:
-            parts.append(self._chunk(ChunkChoice(index, Delta("assistant", ""))))
+            begun = self._ids.prompt(index) if not self._pieces else UNSET  # all answers have one prompt
+            parts.append(self._chunk(ChunkChoice(index, Delta("assistant", "")), begun))
             head, choice = self._head, ChunkChoice(index, Delta(None, MARK))
             self._pieces[index] = TextEvents(ChatChunk(id=head.id, created=head.created, model=head.model, choices=(choice,)))
-        if output.text and self._usage.each:
-            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text))))
+        if self._ids.prompts is not None or (output.text and self._usage.each):
+            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text), token_ids=self._ids.new(output))))
         elif output.text:
             parts.append(self._pieces[index].event(output.text))
         if output.finish_reason is not None:
@@ -102,10 +112,11 @@ class _Script:
         """The error, and the mark."""
         return stream_failure(error)
 
-    def _chunk(self, choice: ChunkChoice | LastChunkChoice | None) -> bytes:
+    def _chunk(self, choice: ChunkChoice | LastChunkChoice | None, prompt_ids: TokenIds = UNSET) -> bytes:
         head = self._head
         told: Usage | None = self._counts.usage() if self._usage.each or choice is None else None
         choices = () if choice is None else (choice,)
-        return json_event(
-            encode(ChatChunk(id=head.id, created=head.created, model=head.model, choices=choices, usage=told))
+        chunk = ChatChunk(
+            id=head.id, created=head.created, model=head.model, choices=choices, usage=told, prompt_token_ids=prompt_ids
         )
+        return json_event(encode(chunk))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,7 +14,7 @@ from minivllm.server.protocol import COMPLETION, CompletionBody, prompts_of, sam
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
-from minivllm.server.usage import Counts, StreamUsage, stream_failure, stream_usage
+from minivllm.server.usage import Counts, Ids, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
 DEFAULT_MAX_TOKENS = 16
@@ -31,9 +32,10 @@ async def completions(request: Request) -> Response:
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
     counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
+    ids = Ids([order.prompt_ids for order in orders] if body.return_token_ids else None)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts))
-    return json_response(_whole(await s.whole(orders, request), head, counts))
+        return EventStream(s, orders, _Script(head, usage, counts, ids))
+    return json_response(_whole(await s.whole(orders, request), head, counts, ids))
 
 
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
@@ -52,32 +54,40 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     return orders
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts) -> Completion:
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Ids) -> Completion:
     """The reply that holds every choice."""
     for i, output in enumerate(outputs):
         counts.see(i, output)
-    choices = tuple(CompletionChoice(i, o.text, None, o.finish_reason, o.stop_reason) for i, o in enumerate(outputs))
+    choices = tuple(
+        CompletionChoice(i, o.text, None, o.finish_reason, o.stop_reason, ids.new(o), ids.prompt(i))
+        for i, o in enumerate(outputs)
+    )
     return Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
 
 
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, ids: Ids) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
+        self._ids = ids
+        self._begun: set[int] = set()  # choices whose prompt's ids were told
         self._pieces: dict[int, TextEvents] = {}  # of each choice
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """One chunk, unless there is nothing to tell."""
         self._counts.see(index, output)
-        if output.finish_reason is None:
+        if output.finish_reason is None and self._ids.prompts is None:
             if not output.text:
                 return b""
             if not self._usage.each:
                 return self._pieces_of(index).event(output.text)
-        choice = CompletionChoice(index, output.text, None, output.finish_reason, output.stop_reason)
+        prompt = UNSET if index in self._begun else self._ids.prompt(index)
+        self._begun.add(index)
+        ids = self._ids.new(output)
+        choice = CompletionChoice(index, output.text, None, output.finish_reason, output.stop_reason, ids, prompt)
         return self._chunk((choice,), self._counts.usage() if self._usage.each else None)
 
     def _pieces_of(self, index: int) -> TextEvents:
