@@ -82,7 +82,11 @@ def merged(outputs: Sequence[RequestOutput]) -> RequestOutput:
     if len(outputs) == 1:
         return outputs[0]
     token_ids = tuple([token_id for output in outputs for token_id in output.token_ids])
-    return msgspec.structs.replace(outputs[-1], text="".join([o.text for o in outputs]), token_ids=token_ids)
+    text, last = "".join([output.text for output in outputs]), outputs[-1]
+    if not any(output.logprobs for output in outputs):
+        return msgspec.structs.replace(last, text=text, token_ids=token_ids)
+    logprobs = tuple([found for output in outputs for found in output.logprobs])
+    return msgspec.structs.replace(last, text=text, token_ids=token_ids, logprobs=logprobs)
 
 
 class Mailbox:
@@ -307,7 +311,8 @@ class AsyncLLM:
         if order.id in self._mailboxes or order.id in others:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
         check_prompt(order.prompt_ids, self.info.vocab_size)
-        num_prompt, sampling = len(order.prompt_ids), spell(order.sampling, self.tokenizer, self.info.vocab_size)
+        num_prompt, most = len(order.prompt_ids), self.config.model.max_logprobs
+        sampling = spell(order.sampling, self.tokenizer, self.info.vocab_size, most)
         return GenerateRequest(
             id=order.id,
             prompt_ids=tuple(order.prompt_ids),

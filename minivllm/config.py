@@ -51,6 +51,9 @@ class ModelConfig:
         int | None, Opt("Longest prompt plus output, in tokens; none: the model's, or what the cache holds.", low=1)
     ] = None
     chat_template: Annotated[str | None, Opt("File with a chat template to use instead of the model's.", common=False)] = None
+    max_logprobs: Annotated[
+        int, Opt("Likeliest tokens that a request may ask for at each position.", low=0, high=20, common=False)
+    ] = 20
     generation_config: Annotated[
         str,
         Opt("Whose sampling defaults /v1 requests get: auto (the model's), vllm (none), or a folder's.", common=False),

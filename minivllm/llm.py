@@ -18,7 +18,7 @@ from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams
+from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenLogprobs
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0  # prompt tokens found in the prefix cache
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of ``token_ids``, where they were asked for
 
 
 class LLM:
@@ -92,7 +93,7 @@ class LLM:
             raise InvalidRequest("prompts is a list of texts or of lists of ids; put these ids into one more list.", "prompt")
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(ids, self.info.vocab_size)
-        params = spell(params, self.tokenizer, self.info.vocab_size)
+        params = spell(params, self.tokenizer, self.info.vocab_size, self.config.model.max_logprobs)
         self._next_id += 1
         return GenerateRequest(
             id=f"local-{self._next_id}",
@@ -133,6 +134,7 @@ def _extend(completion: Completion, output: RequestOutput) -> None:
         raise GenerationFailed(output.error or "The engine could not compute this request; try it again.")
     completion.text += output.text
     completion.token_ids += output.token_ids
+    completion.logprobs += output.logprobs
     completion.finish_reason = output.finish_reason
     completion.stop_reason = output.stop_reason
     completion.num_cached = output.num_cached

@@ -18,6 +18,7 @@ from minivllm.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as OpenAI-compatible servers do
 LOWEST_TEMPERATURE = 0.01  # smaller positive temperatures are raised to this: logits / t would overflow in 16 bits
+MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for at each position
 MAX_SAMPLES = 128  # texts that a request may ask for of one prompt
 MAX_BIASED = 1024  # tokens that a logit_bias may name
 MAX_BAD_WORDS = 256  # each is compared with the end of the output at every token
@@ -51,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     seed: int | None = None  # None: drawn on arrival, so that every request can be replayed
     max_tokens: int | None = None  # None: as many as fit into the context
     min_tokens: int = 0
+    logprobs: int | None = None  # likeliest tokens to tell of each position beside the chosen one; None: no logprobs
     logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit; a token once
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     bad_words: tuple[str, ...] = ()
@@ -108,6 +110,8 @@ def _check_sampling(p: SamplingParams) -> None:
         raise InvalidRequest(f"max_tokens must be at least 1, got {p.max_tokens}.", "max_tokens")
     if p.min_tokens < 0 or (p.max_tokens is not None and p.min_tokens > p.max_tokens):
         raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({p.max_tokens}), got {p.min_tokens}.", "min_tokens")
+    if p.logprobs is not None and not 0 <= p.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be from 0 to {MAX_LOGPROBS}, got {p.logprobs}.", "logprobs")
     if len(p.logit_bias) > MAX_BIASED or len({token for token, _ in p.logit_bias}) < len(p.logit_bias):
         raise InvalidRequest(f"logit_bias may name at most {MAX_BIASED} tokens, each once.", "logit_bias")
     if any(not (math.isfinite(value) and -100.0 <= value <= 100.0) for _, value in p.logit_bias):
@@ -237,6 +241,15 @@ class StepTimes(msgspec.Struct, frozen=True, gc=False):
     finished_s: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Logprobs at one position, of the raw logits: of the token that was chosen, and of the likeliest ones, best first."""
+
+    logprob: float
+    rank: int  # of the chosen token; 1: none was likelier
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What a step gave, by position as in ``StepPlan.work``.
 
@@ -248,7 +261,7 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     tokens: tuple[tuple[int, ...], ...]
     times: StepTimes
     bad_rows: tuple[int, ...] = ()
-    logprobs: tuple[tuple[float, ...], ...] = ()
+    logprobs: tuple[TokenLogprobs | None, ...] = ()  # of each work's token, where some row asked; else empty
     pooled: tuple[tuple[float, ...], ...] = ()
 
 
@@ -266,6 +279,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     stop_reason: int | None = None  # the stop token that ended it, where a client asked for that token
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for
 
 
 class FinishedTimes(msgspec.Struct, frozen=True, gc=False):
@@ -360,3 +374,4 @@ class RequestOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     num_output: int = 0  # tokens generated so far
     num_cached: int = 0
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for

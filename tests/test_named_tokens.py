@@ -44,7 +44,7 @@ def test_bad_words_do_not_come(llm: LLM) -> None:
         text = llm.generate([PROMPT], asked(bad_words=tuple(words)))[0].text
         assert not [word for word in words if f" {word} " in f" {text} "]
         words.append(next(word for word in text.split() if word.isalpha() and word not in words))
-    spelled = spell(asked(bad_words=("Lily", " Lily")), llm.tokenizer, llm.info.vocab_size).bad_word_ids
+    spelled = spell(asked(bad_words=("Lily", " Lily")), llm.tokenizer, llm.info.vocab_size, 20).bad_word_ids
     texts = {llm.tokenizer.decode(list(ids)) for ids in spelled}
     assert "Lily" in texts and texts <= {"Lily", " Lily"} and len(spelled) == len(texts)
 

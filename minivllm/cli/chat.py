@@ -100,7 +100,7 @@ def run(argv: Sequence[str]) -> int:
     add_model_argument(parser)
     parser.add_argument("--url", help="talk to a running server, such as http://127.0.0.1:8000, instead")
     parser.add_argument("--system", metavar="TEXT", help="a system message that every conversation begins with")
-    add_sampling(parser, leave_out=frozenset({"seed", "n"}))
+    add_sampling(parser, leave_out=frozenset({"seed", "n", "logprobs"}))
     add_config(parser)
     found = parser.read(argv)
     name = found.model_name if found.model_name is not None else vars(found).get("model")

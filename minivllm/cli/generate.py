@@ -120,6 +120,7 @@ def _sampling(fields: dict[str, Any], where: str) -> SamplingParams:
 
 def _record(completion: Any) -> dict[str, Any]:
     """A completion as its JSON line."""
+    found = {"logprobs": msgspec.to_builtins(completion.logprobs)} if completion.logprobs else {}
     return {
         "prompt": completion.prompt,
         "text": completion.text,
@@ -127,6 +128,7 @@ def _record(completion: Any) -> dict[str, Any]:
         "stop_reason": completion.stop_reason,
         "num_prompt_tokens": len(completion.prompt_ids),
         "num_output_tokens": len(completion.token_ids),
+        **found,
     }
 
 

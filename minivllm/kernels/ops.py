@@ -41,6 +41,7 @@ class Ops:
     gated_activation: Callable[[Tensor, str], Tensor]
     gated_linear: Callable[[Tensor, Matrix, Tensor | None, str], Tensor]
     choose: Callable[[Tensor], tuple[Tensor, Tensor]]
+    logprobs: Callable[[Tensor, Tensor, int], reference.RowLogprobs]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
@@ -65,6 +66,7 @@ def reference_ops() -> Ops:
         gated_activation=reference.gated_activation,
         gated_linear=reference.gated_linear,
         choose=reference.choose,
+        logprobs=reference.logprobs,
         kv_write=reference.kv_write,
         copy_blocks=reference.copy_blocks,
     )
@@ -126,6 +128,7 @@ def triton_ops(chip: "Chip", batch_invariant: bool) -> Ops:
     from minivllm.kernels.choices import load_choices
     from minivllm.kernels.triton.elementwise import Elementwise
     from minivllm.kernels.triton.fixed_tiles import FixedTiles
+    from minivllm.kernels.triton.logprobs import Logprobs
     from minivllm.kernels.triton.products import Products
     from minivllm.kernels.triton.sampling import Draw
 
@@ -142,6 +145,7 @@ def triton_ops(chip: "Chip", batch_invariant: bool) -> Ops:
         activation=elementwise.activation,
         gated_activation=gated,
         choose=Draw(chip).choose,
+        logprobs=Logprobs(chip).of,
         chip=chip,
     )
     if batch_invariant:

@@ -7,6 +7,7 @@ Norms and rotations compute in float32 whatever the precision of their input and
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -145,6 +146,27 @@ def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
     whether all of its numbers are finite [num_rows] bool."""
     low, high = torch.aminmax(logits, dim=-1)
     return logits.argmax(dim=-1), low.isfinite() & high.isfinite()
+
+
+@dataclass(frozen=True)
+class RowLogprobs:
+    """What is known of the chosen and the likeliest tokens of rows."""
+
+    logprobs: Tensor  # [num_rows] float32: of the chosen token
+    ranks: Tensor  # [num_rows] int32: 1 for the likeliest; tokens as likely as the chosen one are not ahead of it
+    top_ids: Tensor  # [num_rows, num_top] int32: likeliest first, equals in the order of their ids
+    top_logprobs: Tensor  # [num_rows, num_top] float32
+
+
+def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> RowLogprobs:
+    """Logprobs of ``chosen`` [num_rows] int64 and of the ``num_top`` likeliest tokens under ``logits`` [num_rows, vocab]
+    float32."""
+    mine = logits.gather(1, chosen[:, None])
+    norm = logits.logsumexp(-1, keepdim=True)
+    ranks = 1 + (logits > mine).sum(1, dtype=torch.int32)
+    best = logits.sort(dim=-1, descending=True, stable=True)
+    top = best.values[:, :num_top] - norm
+    return RowLogprobs((mine - norm)[:, 0], ranks, best.indices[:, :num_top].to(torch.int32), top)
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

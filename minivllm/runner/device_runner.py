@@ -20,14 +20,17 @@ from torch import Tensor
 
 from minivllm.attention.base import AttnMeta, DeviceAttention
 from minivllm.errors import OutOfDeviceMemory
+from minivllm.kernels.reference import RowLogprobs
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
+from minivllm.runner.batch import to_device
 from minivllm.runner.graphs import Graphs, Part, ladder
+from minivllm.runner.logprobs import Asking, LogprobRows, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
 from minivllm.runner.runner import Loaded, RowSampler, copy_blocks, refuse_unbuilt
 from minivllm.runner.sharing import Int32, Sharing
 from minivllm.runner.stage import Stage
-from minivllm.types import StepPlan, StepResult, StepTimes
+from minivllm.types import StepPlan, StepResult, StepTimes, TokenLogprobs
 
 DECODE, SHARED, MIXED, HEAD = "decode", "decode that shares", "mixed", "head"
 LEAST_MIXED = 16  # tokens: smaller steps with a prompt in them are padded up to this
@@ -63,6 +66,8 @@ class DevicePending:
         self.launched_s = time.monotonic()
         self.tokens: npt.NDArray[np.int32] | None = None  # [num_sampled]; read after ``arrived``
         self.arrived: torch.cuda.Event | None = None
+        self.asking: Asking | None = None
+        self.logprobs: RowLogprobs | None = None  # of the rows that ask; read after ``arrived``
         self.done = False
 
     @torch.inference_mode()
@@ -73,7 +78,8 @@ class DevicePending:
         self.done = True
         if self.step is not None and len(self.step.sampling):
             with self.runner.failing_whole():
-                self.tokens, self.arrived = self.runner.sample(self.step, self.plain)
+                self.asking = self.runner.logprob_rows.asking(self.step.rows[self.step.sampling])
+                self.tokens, self.logprobs, self.arrived = self.runner.sample(self.step, self.plain, self.asking)
         self.runner.graphs.capture_missed()
 
     def result(self) -> StepResult:
@@ -91,7 +97,10 @@ class DevicePending:
                     token = -1 - token
                 tokens[place] = (token,)
         times = StepTimes(self.launched_s, time.monotonic())
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows))
+        logprobs: tuple[TokenLogprobs | None, ...] = ()
+        if self.logprobs is not None and self.asking is not None and self.step is not None:
+            logprobs = by_work(told(self.logprobs, self.asking), self.step.sampling.tolist(), len(self.plan.work))
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs)
 
 
 class DeviceRunner:
@@ -104,6 +113,7 @@ class DeviceRunner:
         self.decoder, self.caches, self.ops = loaded.decoder, loaded.caches, loaded.ops
         self.backend = cast(DeviceAttention, loaded.backend)
         self.rows, self.runs, self.sampler, self.stage, self._draw = rows, runs, sampler, stage, draw
+        self.logprob_rows = LogprobRows(stage.scratch_row)
         shape = self.backend.shared_shape
         self._sharing = None if shape is None else Sharing(shape, rows.block_size, stage.scratch_row)
         runs_of: dict[str, Callable[[int], None]] = {
@@ -129,12 +139,14 @@ class DeviceRunner:
         for new in plan.new_rows:
             self.rows.take(new)
             self.sampler.set_row(new)
+            self.logprob_rows.set_row(new)
         copy_blocks(plan.copies, self.caches, self.ops, self.stage.device)
         if not plan.work:
             return DevicePending(self, plan, None, True)
         step = self.rows.begin(plan.work)
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         plain = isinstance(self.sampler, Wishing) and self.sampler.plain(rows, positions)
+        plain = plain and self.logprob_rows.asking(rows) is None
         num_tokens = int(step.lengths.sum())
         if num_tokens > (most := len(self.stage.token_ids)):
             raise PlanError(f"a step of {num_tokens} tokens was planned for a runner of {most}")
@@ -187,29 +199,38 @@ class DeviceRunner:
         """Put tokens [num_rows] where the next step and the host read them."""
         self.stage.kernels.put(token_ids, finite, wishes, self.stage.tokens, self.stage.chosen[: len(token_ids)])
 
-    def sample(self, step: RowStep, plain: bool) -> tuple[npt.NDArray[np.int32], torch.cuda.Event | None]:
-        """Launch the head; the tokens as they will stand on the host, and the event after which they do."""
-        count = len(step.sampling)
+    def sample(
+        self, step: RowStep, plain: bool, asking: Asking | None
+    ) -> tuple[npt.NDArray[np.int32], RowLogprobs | None, torch.cuda.Event | None]:
+        """Launch the head; the tokens and the logprobs as they will stand on the host, and the event after which they do."""
+        count, logprobs = len(step.sampling), None
         if not plain:
-            self.tail(step)
+            found = self.tail(step, asking)
+            logprobs = None if found is None else to_host(found)
         elif not self.graphs.run(HEAD, count):
             self.head(count)
         if self.stage.device.type != "cuda":
-            return self.stage.chosen[:count].numpy().copy(), None
+            return self.stage.chosen[:count].numpy().copy(), logprobs, None
         host = torch.empty(count, dtype=torch.int32, pin_memory=True)
         host.copy_(self.stage.chosen[:count], non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        return host.numpy(), arrived
+        return host.numpy(), logprobs, arrived
 
-    def tail(self, step: RowStep) -> None:
-        """In place of ``head``, for rows that ask for anything that the sampler knows."""
+    def tail(self, step: RowStep, asking: Asking | None = None) -> RowLogprobs | None:
+        """In place of ``head``, for rows that ask for anything that the sampler knows, or for logprobs, which it gives."""
         count = len(step.sampling)
         logits = self.decoder.head(self.stage.sampled[:count])  # [num_sampled, vocab] float32
         finite = self.ops.choose(logits)[1]
         logits.masked_fill_(~finite[:, None], 0.0)  # a sampler need not know what to do with NaN
+        where = None if asking is None else to_device(asking.places, logits.device)
+        raw = None if where is None else logits[where]
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
-        self._put(self.sampler.sample(logits, rows, positions, self.stage.tokens), finite, self.stage.wishes[:count])
+        token_ids = self.sampler.sample(logits, rows, positions, self.stage.tokens)
+        self._put(token_ids, finite, self.stage.wishes[:count])
+        if asking is None or raw is None or where is None:
+            return None
+        return self.ops.logprobs(raw, token_ids[where], asking.most)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

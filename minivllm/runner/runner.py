@@ -20,10 +20,12 @@ from torch import Tensor
 
 from minivllm.attention.base import AttentionBackend, KVLayer
 from minivllm.kernels.ops import Ops
+from minivllm.kernels.reference import RowLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.runner.batch import Sampled, build_batch, to_device
+from minivllm.runner.logprobs import Asking, LogprobRows, by_work, told
 from minivllm.runner.rows import PlanError, Rows, TokenTable
-from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes
+from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
 
 
 class AnyRunner(Protocol):
@@ -87,6 +89,8 @@ class Pending:
         self.launched_s = time.monotonic()
         self.token_ids: Tensor | None = None  # [num_sampled] int64
         self.bad: Tensor | None = None  # [num_sampled]: logits that are not numbers
+        self.asking: Asking | None = None
+        self.logprobs: RowLogprobs | None = None  # of the rows that ask
         self.done = False
 
     @torch.inference_mode()
@@ -102,7 +106,12 @@ class Pending:
         if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
             logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
         chosen = self.sampled
+        self.asking = self.runner.logprob_rows.asking(chosen.rows)
+        where = None if self.asking is None else to_device(self.asking.places, logits.device)
+        raw = None if where is None else logits[where]
         self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.table.tokens)
+        if self.asking is not None and raw is not None and where is not None:
+            self.logprobs = self.runner.ops.logprobs(raw, self.token_ids[where], self.asking.most)
         self.runner.table.put(chosen.device_rows, chosen.device_positions, self.token_ids)
         self.hidden = None
 
@@ -118,7 +127,10 @@ class Pending:
                 if bad:
                     bad_rows.append(place)
         times = StepTimes(self.launched_s, time.monotonic())
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows))
+        logprobs: tuple[TokenLogprobs | None, ...] = ()
+        if self.logprobs is not None and self.asking is not None and self.sampled is not None:
+            logprobs = by_work(told(self.logprobs, self.asking), self.sampled.work, len(self.plan.work))
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs)
 
 
 class Runner:
@@ -128,6 +140,7 @@ class Runner:
         """``table`` is the one that ``rows`` tells of tokens."""
         self.decoder, self.caches, self.backend, self.ops = loaded.decoder, loaded.caches, loaded.backend, loaded.ops
         self.rows, self.table, self.sampler = rows, table, sampler
+        self.logprob_rows = LogprobRows(len(rows.uid))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
@@ -139,6 +152,7 @@ class Runner:
         for new in plan.new_rows:
             self.rows.take(new)
             self.sampler.set_row(new)
+            self.logprob_rows.set_row(new)
         copy_blocks(plan.copies, self.caches, self.ops, self.table.tokens.device)
         if not plan.work:
             return Pending(self, plan, None, None)

@@ -29,6 +29,7 @@ from minivllm.types import (
     StepResult,
     StepTimes,
     TokenEvent,
+    TokenLogprobs,
 )
 
 MAX_FAILURES = 2  # failed steps in a row after which a request is ended with an error
@@ -113,12 +114,15 @@ class Scheduler:
         if result.bad_rows:
             self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
         live = self._book.live
-        for entry, tokens in zip(flight.entries, result.tokens, strict=True):
+        for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
-                self._apply_entry(entry, tokens, now, events)
+                found = result.logprobs[i] if result.logprobs else None
+                self._apply_entry(entry, tokens, now, events, () if found is None else (found,))
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
-    def _apply_entry(self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent]) -> None:
+    def _apply_entry(
+        self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent], logprobs: tuple[TokenLogprobs, ...]
+    ) -> None:
         request = entry.request
         request.in_flight -= 1
         request.pending -= entry.adds
@@ -139,7 +143,8 @@ class Scheduler:
             reason, stop_reason, kept = self._append(request, tokens)
             tokens = tokens[:kept]
         self._ledger.tokens(request, kept, now)
-        events.append(TokenEvent(request.spec.id, tuple(tokens), reason, stop_reason, request.cached or 0))
+        cached = request.cached or 0
+        events.append(TokenEvent(request.spec.id, tuple(tokens), reason, stop_reason, cached, None, logprobs))
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
         if reason is not None:

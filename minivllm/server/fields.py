@@ -1,7 +1,7 @@
 """Request fields that this server knows of but does not serve, and how a body is checked against them.
 
 Clients send whole forms: ``n=1``, ``logprobs=false``, ``tools=[]``. A field at a value that changes nothing is let through;
-any other value is refused by name, because an ignored ``logprobs`` is a wrong answer that looks right. A field that
+any other value is refused by name, because an ignored ``echo`` is a wrong answer that looks right. A field that
 nobody knows is refused by name too. So each field of a body is served, without effect, on the list of harmless ones, or a
 400. Serving a field means taking it out of this table and putting it into ``protocol.py``.
 """
@@ -24,8 +24,6 @@ NOT_SERVED: Values = MappingProxyType(
         "best_of": (1,),
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "prompt_logprobs": (),
         "echo": (False,),
         "suffix": ("",),
@@ -35,7 +33,6 @@ NOT_SERVED: Values = MappingProxyType(
         "repetition_detection": (),
         "spaces_between_special_tokens": (True,),
         "prompt_embeds": (),
-        "return_tokens_as_token_ids": (False,),
         "return_token_offsets": (False,),
         "return_prompt_text": (False,),
         "request_id": (),

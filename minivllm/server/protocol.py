@@ -68,12 +68,14 @@ class OpenAIFields(SamplingFields, kw_only=True):
     truncate_prompt_tokens: int | None = None  # of a longer prompt so many are kept; -1: as many as the context has room for
     truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in logprobs
 
 
 class CompletionBody(OpenAIFields, kw_only=True):
     """Body of /v1/completions. ``prompt``: a text, texts, token ids, or lists of token ids."""
 
     prompt: str | list[str | int | list[int]]
+    logprobs: int | bool | None = None  # likeliest tokens to tell of each position; false: none
 
 
 class ChatMessageBody(msgspec.Struct):
@@ -88,6 +90,8 @@ class ChatBody(OpenAIFields, kw_only=True):
     """Body of /v1/chat/completions. ``max_completion_tokens`` is the newer name of ``max_tokens`` and beats it."""
 
     messages: list[dict[str, Any]]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None  # likeliest tokens to tell of each position
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -122,7 +126,7 @@ FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE
 
 def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
-    served = (f for f in SamplingParams.__struct_fields__ if f not in SETTLED)
+    served = (f for f in SamplingParams.__struct_fields__ if f not in SETTLED and f != "logprobs")  # a route says how many
     given = {f: value for f in served if (value := getattr(body, f, None)) is not None}
     stop = given.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -137,6 +141,22 @@ def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     except ValueError:
         raise InvalidRequest("The keys of logit_bias must be token ids, as in {\"42\": -100}.", "logit_bias") from None
     return SamplingParams(**{**defaults, **given})
+
+
+def logprobs_of(asked: int | bool | None) -> int | None:
+    """The ``logprobs`` of a completion request as ``SamplingParams`` has it. Raises ``InvalidRequest``."""
+    if asked is True:
+        raise InvalidRequest("logprobs is a number on this route: how many of the likeliest tokens to tell.", "logprobs")
+    return None if asked is False else asked
+
+
+def chat_logprobs_of(body: ChatBody) -> int | None:
+    """The same of a chat request. Raises ``InvalidRequest``."""
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
+    return None
 
 
 def truncated(ids: list[int], body: OpenAIFields, max_model_len: int) -> list[int]:

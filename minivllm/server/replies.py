@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from minivllm.errors import RequestError
+from minivllm.server.logprobs import ChatLogprobs, CompletionLogprobs
 from minivllm.types import FinishReason
 
 MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every character needs four bytes
@@ -41,7 +42,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: TokenIds = msgspec.UNSET
@@ -80,7 +81,7 @@ class ChatChoice(msgspec.Struct, frozen=True, gc=False):
     message: ChatMessage
     finish_reason: FinishReason | None
     stop_reason: int | str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: TokenIds = msgspec.UNSET
 
 
@@ -107,7 +108,7 @@ class ChunkChoice(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: None = None
     token_ids: TokenIds = msgspec.UNSET
 
@@ -119,7 +120,7 @@ class LastChunkChoice(msgspec.Struct, frozen=True, gc=False):
     delta: Delta
     finish_reason: FinishReason
     stop_reason: int | str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: TokenIds = msgspec.UNSET
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from msgspec import UNSET
 
 from minivllm.errors import InvalidRequest, RequestError
+from minivllm.server.logprobs import LogprobTexts
 from minivllm.server.protocol import OpenAIFields
 from minivllm.server.replies import PromptTokensDetails, TokenIds, Usage, error_body
 from minivllm.server.sse import DONE, json_event
@@ -36,17 +37,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Ids:
-    """The token ids that ``return_token_ids`` asks for: of each choice's prompt; None: they are not asked for."""
+class Asked:
+    """What a request asks to be told beside texts. Written by its route, which writes the logprobs."""
 
-    prompts: Sequence[Sequence[int]] | None
+    prompts: Sequence[Sequence[int]] | None  # ids of each choice's prompt, for ``return_token_ids``; None: not asked for
+    logprobs: LogprobTexts
 
     def prompt(self, index: int) -> TokenIds:
-        """Those of a choice's prompt."""
+        """Token ids of a choice's prompt, if they are asked for."""
         return UNSET if self.prompts is None else tuple(self.prompts[index])
 
     def new(self, output: RequestOutput) -> TokenIds:
-        """Those of a new output."""
+        """Token ids of a new output, if they are asked for."""
         return UNSET if self.prompts is None else output.token_ids
 
 

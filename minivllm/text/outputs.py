@@ -101,6 +101,7 @@ def _advance(state: _Open, event: TokenEvent) -> RequestOutput:
             num_prompt=state.num_prompt,
             num_output=state.num_output,
             num_cached=state.num_cached,
+            logprobs=event.logprobs,
         )
     return _advance_with_care(state, event)
 
@@ -134,4 +135,5 @@ def _advance_with_care(state: _Open, event: TokenEvent) -> RequestOutput:
         num_output=state.num_output,
         num_cached=state.num_cached,
         error=None if matched is not None else event.error,
+        logprobs=event.logprobs[:taken],
     )

@@ -38,6 +38,7 @@ def spoken(monkeypatch: pytest.MonkeyPatch) -> Spoken:
         token_ids: tuple[int, ...] = (3,)
         finish_reason: str = "stop"
         stop_reason: None = None
+        logprobs: tuple[()] = ()
 
     class LLM:
         def __init__(self, **options: Any) -> None:

@@ -220,8 +220,8 @@ def test_openai_client(live: Live) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 6
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="wolf", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        client.completions.create(model="fox", prompt="x", logprobs=1)
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="fox", prompt="x", echo=True)
 
 
 def test_openai_client_asks_for_several_texts(live: Live) -> None:
@@ -266,6 +266,44 @@ def test_defaults_of_the_model(live: Live) -> None:
         state.serving = before
     found = [(r.sampling.temperature, r.sampling.top_k) for r in live.client.added]
     assert found == [(0.6, 20), (1.5, 0)] * 2 + [(0.0, 0)]
+
+
+def test_logprobs(http: httpx.Client, live: Live) -> None:
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+    ids = live.tokenizer.encode(STORY)[:6]
+    texts = [live.tokenizer.decode([token]) for token in ids]
+    top = {live.tokenizer.decode([40 + i]): value for i, value in enumerate((-1.0, -9999.0))}
+    done = client.completions.create(model="fox", prompt="x", max_tokens=6, logprobs=2).choices[0].logprobs
+    assert done is not None and done.tokens == texts and done.token_logprobs == [-0.5] * 6
+    assert done.text_offset == [sum(map(len, texts[:i])) for i in range(6)]
+    assert done.top_logprobs == [{**top, text: -0.5} for text in texts]
+    offsets = []
+    for chunk in client.completions.create(model="fox", prompt="x", max_tokens=6, logprobs=0, stream=True):
+        if (found := chunk.choices[0].logprobs) is not None:
+            offsets += found.text_offset or []
+            assert [list(t) for t in found.top_logprobs or []] == [[text] for text in found.tokens or []]
+    assert offsets == done.text_offset
+    messages: Any = [{"role": "user", "content": "x"}]
+    ask: dict[str, Any] = {"model": "fox", "messages": messages, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    chat = client.chat.completions.create(**ask).choices[0].logprobs
+    assert chat is not None and chat.content is not None
+    pieces = [c.choices[0].logprobs for c in client.chat.completions.create(**ask, stream=True)]
+    assert [t for piece in pieces if piece for t in piece.content or []] == chat.content
+    assert [(t.token, t.logprob) for t in chat.content] == [(text, -0.5) for text in texts]
+    assert b"".join(bytes(t.bytes or []) for t in chat.content).decode() == said(live, 6)
+    assert [[(o.token, o.logprob) for o in t.top_logprobs] for t in chat.content] == [list(top.items())] * 6
+    named = http.post("/v1/completions", json={**COMPLETION, "logprobs": 1, "return_tokens_as_token_ids": True}).json()
+    assert named["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
+    for path, more, name in (
+        ("/v1/completions", {**COMPLETION, "logprobs": 21}, "logprobs"),
+        ("/v1/completions", {**COMPLETION, "logprobs": True}, "logprobs"),
+        ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 21}, "logprobs"),
+    ):
+        reply = http.post(path, json=more)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == name
+    for path, more in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        assert http.post(path, json={**more, "logprobs": False}).json()["choices"][0]["logprobs"] is None
 
 
 def test_token_ids_come_back(http: httpx.Client, live: Live) -> None:

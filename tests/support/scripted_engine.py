@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -23,7 +24,16 @@ from minivllm.observe.metrics import metrics_for
 from minivllm.server.application import create_app
 from minivllm.server.http import Server, serve
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineInfo, EngineOutput, FinishedTimes, GenerateRequest, RowRecord, StepRecord, TokenEvent
+from minivllm.types import (
+    EngineInfo,
+    EngineOutput,
+    FinishedTimes,
+    GenerateRequest,
+    RowRecord,
+    StepRecord,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 STORY = " Once upon a time, a small fox met a big bear."
 CHAT_TEMPLATE = (
@@ -121,7 +131,9 @@ class ScriptedClient:
             if self.failing and o.sent >= 3:
                 events.append(TokenEvent(name, (), "error", error="The scripted engine was told to fail."))
             else:
-                events.append(TokenEvent(name, (token,), reason))
+                count = o.request.sampling.logprobs
+                told = () if count is None else (TokenLogprobs(-0.5, 1, *scripted_top(count)),)
+                events.append(TokenEvent(name, (token,), reason, logprobs=told))
             if events[-1].finish_reason is not None:
                 del self._open[name]
                 times = (o.request.arrival_s, o.request.arrival_s, o.request.arrival_s + 0.01, now)
@@ -134,6 +146,11 @@ class ScriptedClient:
             (), tuple(0.01 for _ in rows), tuple(finished),
         )  # fmt: skip
         return EngineOutput(tuple(events), record)
+
+
+def scripted_top(count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Ids and logprobs of the likeliest tokens at every position. The last is ruled out."""
+    return tuple(range(40, 40 + count)), tuple([-1.0 - i for i in range(count - 1)] + [-math.inf] * (count > 0))
 
 
 class Live:

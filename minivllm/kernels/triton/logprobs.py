@@ -9,27 +9,16 @@ Equal logits are taken in the order of their ids, however the row was cut. Logit
 infinity is a token that is ruled out; a row with NaN gets some numbers.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from minivllm.kernels.reference import RowLogprobs
 from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 _BLOCK = 4096  # logits that a program holds
 MAX_TOP = 20  # of a row: what the OpenAI API allows; each costs one more look at what is held
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is known of each row's tokens."""
-
-    logprobs: Tensor  # [num_rows] float32: of the chosen token
-    ranks: Tensor  # [num_rows] int32: 1 for the likeliest; tokens as likely as the chosen one are not ahead of it
-    top_ids: Tensor  # [num_rows, num_top] int32: likeliest first
-    top_logprobs: Tensor  # [num_rows, num_top] float32
 
 
 @triton.jit
@@ -104,9 +93,8 @@ class Logprobs:
     def __init__(self, chip: Chip) -> None:
         self._launch, self._early, self._options = chip.launch, chip.early_launch, chip.launch_options
 
-    def of(self, logits: Tensor, chosen: Tensor, num_top: int) -> Found:
-        """Logprobs of ``chosen`` [num_rows] int64 and of the ``num_top`` likeliest tokens under ``logits`` [num_rows, vocab]
-        float32. Raises ValueError for more than ``MAX_TOP`` of them or more than there are tokens."""
+    def of(self, logits: Tensor, chosen: Tensor, num_top: int) -> RowLogprobs:
+        """See ``reference.logprobs``. Raises ValueError for more than ``MAX_TOP`` tokens or more than there are."""
         num_rows, vocab_size = logits.shape
         if not 0 <= num_top <= min(MAX_TOP, vocab_size):
             raise ValueError(f"{num_top} likeliest tokens were asked for, of {vocab_size}; {MAX_TOP} can be had")
@@ -116,7 +104,7 @@ class Logprobs:
             return torch.empty(shape, dtype=dtype, device=logits.device)
 
         ranks, top_ids = made(num_rows, dtype=torch.int32), made(num_rows, num_top, dtype=torch.int32)
-        found = Found(made(num_rows), ranks, top_ids, made(num_rows, num_top))
+        found = RowLogprobs(made(num_rows), ranks, top_ids, made(num_rows, num_top))
         if not num_rows:
             return found
         peaks, sums, ahead = made(num_rows, num_parts), made(num_rows, num_parts), made(num_rows, num_parts, dtype=torch.int32)

@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import RequestError
-from minivllm.server.protocol import CHAT, ChatBody, messages_of, sampling_of, truncated
+from minivllm.server.logprobs import LogprobTexts
+from minivllm.server.protocol import CHAT, ChatBody, chat_logprobs_of, messages_of, sampling_of, truncated
 from minivllm.server.replies import (
     ChatChoice,
     ChatChunk,
@@ -28,7 +29,7 @@ from minivllm.server.replies import (
 )
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
-from minivllm.server.usage import Counts, Ids, StreamUsage, stream_failure, stream_usage
+from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
 router = APIRouter()
@@ -43,17 +44,18 @@ async def chat_completions(request: Request) -> Response:
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
     counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
-    ids = Ids([order.prompt_ids for order in orders] if body.return_token_ids else None)
+    logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
+    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, ids))
-    return json_response(_whole(await s.whole(orders, request), head, counts, ids))
+        return EventStream(s, orders, _Script(head, usage, counts, asked))
+    return json_response(_whole(await s.whole(orders, request), head, counts, asked))
 
 
 async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
     """What is to be generated as answers: n of them."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
-    sampling = sampling_of(body, **s.sampling_defaults)
+    sampling = sampling_of(body, **s.sampling_defaults, logprobs=chat_logprobs_of(body))
     goes_on = bool(body.continue_final_message)
     text = s.llm.tokenizer.render_chat(
         messages_of(body.messages),
@@ -64,14 +66,15 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
     return s.orders(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Ids) -> ChatCompletion:
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked) -> ChatCompletion:
     """The reply that holds every answer."""
     for i, output in enumerate(outputs):
         counts.see(i, output)
     choices = tuple(
-        ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason, token_ids=ids.new(o)) for i, o in enumerate(outputs)
+        ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason, asked.logprobs.chat(o), asked.new(o))
+        for i, o in enumerate(outputs)
     )
-    told, prompt = counts.usage(), ids.prompt(0)
+    told, prompt = counts.usage(), asked.prompt(0)
     return ChatCompletion(
         id=head.id, created=head.created, model=head.model, choices=choices, usage=told, prompt_token_ids=prompt
     )
@@ -80,11 +83,11 @@ def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Id
 class _Script:
     """For each answer the role, then a chunk for each piece of text, then one with the finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, ids: Ids) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
-        self._ids = ids
+        self._asked = asked
         self._pieces: dict[int, TextEvents] = {}  # of each answer that has begun
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
@@ -92,12 +95,13 @@ class _Script:
         self._counts.see(index, output)
         parts: list[bytes] = []
         if index not in self._pieces:
-            begun = self._ids.prompt(index) if not self._pieces else UNSET  # all answers have one prompt
+            begun = self._asked.prompt(index) if not self._pieces else UNSET  # all answers have one prompt
             parts.append(self._chunk(ChunkChoice(index, Delta("assistant", "")), begun))
             head, choice = self._head, ChunkChoice(index, Delta(None, MARK))
             self._pieces[index] = TextEvents(ChatChunk(id=head.id, created=head.created, model=head.model, choices=(choice,)))
-        if self._ids.prompts is not None or (output.text and self._usage.each):
-            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text), token_ids=self._ids.new(output))))
+        if self._asked.prompts is not None or output.logprobs or (output.text and self._usage.each):
+            logprobs, ids = self._asked.logprobs.chat(output), self._asked.new(output)
+            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text), logprobs, token_ids=ids)))
         elif output.text:
             parts.append(self._pieces[index].event(output.text))
         if output.finish_reason is not None:

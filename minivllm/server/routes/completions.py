@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import InvalidRequest, RequestError
-from minivllm.server.protocol import COMPLETION, CompletionBody, prompts_of, sampling_of, truncated
+from minivllm.server.logprobs import LogprobTexts
+from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
-from minivllm.server.usage import Counts, Ids, StreamUsage, stream_failure, stream_usage
+from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
 DEFAULT_MAX_TOKENS = 16
@@ -32,10 +33,11 @@ async def completions(request: Request) -> Response:
     usage = stream_usage(body)
     orders = await _orders(s, body, head.id)
     counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
-    ids = Ids([order.prompt_ids for order in orders] if body.return_token_ids else None)
+    logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
+    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, ids))
-    return json_response(_whole(await s.whole(orders, request), head, counts, ids))
+        return EventStream(s, orders, _Script(head, usage, counts, asked))
+    return json_response(_whole(await s.whole(orders, request), head, counts, asked))
 
 
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
@@ -49,17 +51,19 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
         ids = truncated(ids, body, s.llm.info.max_model_len)
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
-        sampling = sampling_of(body, **s.sampling_defaults, max_tokens=max_tokens)
+        sampling = sampling_of(body, **s.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs_of(body.logprobs))
         orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
     return orders
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Ids) -> Completion:
+def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked) -> Completion:
     """The reply that holds every choice."""
     for i, output in enumerate(outputs):
         counts.see(i, output)
     choices = tuple(
-        CompletionChoice(i, o.text, None, o.finish_reason, o.stop_reason, ids.new(o), ids.prompt(i))
+        CompletionChoice(
+            i, o.text, asked.logprobs.completion(i, o), o.finish_reason, o.stop_reason, asked.new(o), asked.prompt(i)
+        )
         for i, o in enumerate(outputs)
     )
     return Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
@@ -68,26 +72,26 @@ def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, ids: Id
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, ids: Ids) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
-        self._ids = ids
+        self._asked = asked
         self._begun: set[int] = set()  # choices whose prompt's ids were told
         self._pieces: dict[int, TextEvents] = {}  # of each choice
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """One chunk, unless there is nothing to tell."""
         self._counts.see(index, output)
-        if output.finish_reason is None and self._ids.prompts is None:
+        if output.finish_reason is None and self._asked.prompts is None and not output.logprobs:
             if not output.text:
                 return b""
             if not self._usage.each:
                 return self._pieces_of(index).event(output.text)
-        prompt = UNSET if index in self._begun else self._ids.prompt(index)
+        prompt = UNSET if index in self._begun else self._asked.prompt(index)
         self._begun.add(index)
-        ids = self._ids.new(output)
-        choice = CompletionChoice(index, output.text, None, output.finish_reason, output.stop_reason, ids, prompt)
+        ids, logprobs = self._asked.new(output), self._asked.logprobs.completion(index, output)
+        choice = CompletionChoice(index, output.text, logprobs, output.finish_reason, output.stop_reason, ids, prompt)
         return self._chunk((choice,), self._counts.usage() if self._usage.each else None)
 
     def _pieces_of(self, index: int) -> TextEvents:

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from minivllm.kernels import reference
 from minivllm.kernels.triton.chip import this_chip
 from minivllm.kernels.triton.logprobs import MAX_TOP, Logprobs
 
 
 def check(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> None:
     found = Logprobs(this_chip(logits.device)).of(logits, chosen, num_top)
+    plain = reference.logprobs(logits, chosen, num_top)
+    assert torch.equal(found.ranks, plain.ranks) and torch.equal(found.top_ids, plain.top_ids)
     exact = logits.double().log_softmax(-1)
     mine = exact.gather(1, chosen[:, None])
     torch.testing.assert_close(found.logprobs.double(), mine[:, 0], rtol=1e-5, atol=1e-5)
