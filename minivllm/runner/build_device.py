@@ -20,6 +20,7 @@ from minivllm.config import Config
 from minivllm.kernels.ops import triton_ops
 from minivllm.kernels.triton.chip import Chip, Launch
 from minivllm.kernels.triton.cutoff import Cutoff
+from minivllm.kernels.triton.logprobs import TOPS
 from minivllm.kernels.triton.rehearsal import compile_all, fork_helpers
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.kernels.triton.steps import StepKernels
@@ -138,7 +139,7 @@ def _body(runner: DeviceRunner, num_tokens: int, *, decode: bool, shared: bool =
 
 
 def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:
-    """What rows that ask for min_p, top_k and top_p are drawn with, each alone and all at once."""
+    """What rows that ask for min_p, top_k and top_p are drawn with, each alone and all at once; and logprobs."""
     hidden = runner.stage.sampled[:num_rows]
     logits = hidden.new_empty((num_rows, runner.decoder.spec.vocab_size), dtype=torch.float32)
     numbers, counts = logits[:, 0].contiguous(), logits.new_empty(num_rows, dtype=torch.int32)
@@ -148,6 +149,9 @@ def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:
     draw.draw(logits, wishes, masked=True)
     for asked in ((counts, None, None), (None, numbers, None), (None, None, numbers), (counts, numbers, numbers)):
         draw.draw(logits, wishes, cutoff.lowest_kept(logits, numbers, *asked), masked=True)
+    chosen = counts.to(torch.int64)
+    for num_top in TOPS:
+        runner.ops.logprobs(logits, chosen, min(num_top, logits.shape[1]))
 
 
 def _each_layer_once(spec: ModelSpec) -> ModelSpec:

@@ -45,6 +45,8 @@ def generate_all_kinds(llm: LLM) -> None:
     prompts = [[(7 * i + j) % 50 for j in range(n)] for i, n in enumerate((2, 9, 30))]
     for more in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.02}, {"min_p": 0.1}):
         llm.generate(prompts, [SamplingParams(seed=i, max_tokens=1 + i, ignore_eos=True, **more) for i in range(3)])
+    for count in (0, 3):
+        llm.generate(prompts[:1], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=count))
     llm.generate(prompts[:1], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
 
 

@@ -19,6 +19,7 @@ from minivllm.kernels.triton.chip import Chip, let_next_start, wait_for_previous
 
 _BLOCK = 4096  # logits that a program holds
 MAX_TOP = 20  # of a row: what the OpenAI API allows; each costs one more look at what is held
+TOPS = (0, 1, 5, MAX_TOP)  # the kernels are compiled for so many; a call takes the next
 
 
 @triton.jit
@@ -98,15 +99,17 @@ class Logprobs:
         num_rows, vocab_size = logits.shape
         if not 0 <= num_top <= min(MAX_TOP, vocab_size):
             raise ValueError(f"{num_top} likeliest tokens were asked for, of {vocab_size}; {MAX_TOP} can be had")
-        num_parts = triton.cdiv(vocab_size, _BLOCK)
+        num_parts, wanted = triton.cdiv(vocab_size, _BLOCK), num_top
+        num_top = min(next(top for top in TOPS if top >= num_top), vocab_size)
 
         def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=logits.device)
 
         ranks, top_ids = made(num_rows, dtype=torch.int32), made(num_rows, num_top, dtype=torch.int32)
         found = RowLogprobs(made(num_rows), ranks, top_ids, made(num_rows, num_top))
+        asked = RowLogprobs(found.logprobs, found.ranks, found.top_ids[:, :wanted], found.top_logprobs[:, :wanted])
         if not num_rows:
-            return found
+            return asked
         peaks, sums, ahead = made(num_rows, num_parts), made(num_rows, num_parts), made(num_rows, num_parts, dtype=torch.int32)
         ids, values = made(num_rows, num_parts, num_top, dtype=torch.int32), made(num_rows, num_parts, num_top)
         parts = (peaks, sums, ahead, ids, values)
@@ -120,4 +123,4 @@ class Logprobs:
             logits.stride(0), num_parts, vocab_size, triton.next_power_of_2(num_parts), held, num_top, self._early,
             num_warps=4, **self._options,
         )  # fmt: skip
-        return found
+        return asked
