@@ -76,6 +76,7 @@ class CompletionBody(OpenAIFields, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     logprobs: int | bool | None = None  # likeliest tokens to tell of each position; false: none
+    echo: bool | None = None  # texts begin with their prompt
 
 
 class ChatMessageBody(msgspec.Struct):

@@ -137,11 +137,22 @@ def draws(logits: torch.Tensor, sampling: SamplingParams, count: int) -> np.ndar
     (SamplingParams(top_p=0.6), None),
     (SamplingParams(temperature=0.8, min_p=0.2), None),
     (SamplingParams(temperature=1.3, min_p=0.05, top_k=20, top_p=0.8), None),
+    (SamplingParams(logit_bias=((3, 1.5), (7, -2.0))), 40),
+    (SamplingParams(temperature=0.9, allowed_token_ids=(1, 5, 9, 30), bad_word_ids=((5,),)), 3),
+    (SamplingParams(temperature=1.2, min_p=0.01, top_k=15, top_p=0.95, logit_bias=((4, 9.0), (8, 1.0), (10, -1.0)),
+                    allowed_token_ids=tuple(range(0, 40, 2)), bad_word_ids=((4,), (2,))), None),
 ])
 def test_draws_follow_the_distribution(sampling: SamplingParams, keep: int | None) -> None:
     """Chi-square over 120,000 draws. Everything is seeded, so this either always passes or always fails."""
     logits = torch.linspace(-2.0, 2.0, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(3))]
-    p = (logits.double() / sampling.temperature).softmax(-1).numpy()
+    shaped = logits.double().clone()
+    for token, value in sampling.logit_bias:
+        shaped[token] += value
+    if sampling.allowed_token_ids is not None:
+        shaped[[t for t in range(40) if t not in sampling.allowed_token_ids]] = -INF
+    for (token,) in sampling.bad_word_ids:
+        shaped[token] = -INF
+    p = (shaped / sampling.temperature).softmax(-1).numpy()
     p[p < sampling.min_p * p.max() * (1 - 1e-6)] = 0.0
     if sampling.top_k:
         p[p < np.sort(p)[-sampling.top_k]] = 0.0

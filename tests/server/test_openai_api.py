@@ -220,8 +220,8 @@ def test_openai_client(live: Live) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 6
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="wolf", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        client.completions.create(model="fox", prompt="x", echo=True)
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(model="fox", prompt="x", suffix="y")
 
 
 def test_openai_client_asks_for_several_texts(live: Live) -> None:
@@ -325,6 +325,21 @@ def test_token_ids_come_back(http: httpx.Client, live: Live) -> None:
         assert prompts == ([prompt] * 2 if body is COMPLETION else [chat_prompt])
     plain = http.post("/v1/completions", json=COMPLETION).text + http.post("/v1/chat/completions", json=CHAT).text
     assert "token_ids" not in plain
+
+
+def test_a_prompt_is_echoed(http: httpx.Client, live: Live) -> None:
+    body = {"prompt": ["Tell me", "A fox"], "max_tokens": 6, "n": 2, "echo": True}
+    expected = [f"{prompt}{said(live, 6)}" for prompt in ("Tell me", "Tell me", "A fox", "A fox")]
+    assert [c["text"] for c in http.post("/v1/completions", json=body).json()["choices"]] == expected
+    texts = [""] * 4
+    for chunk in events(http.post("/v1/completions", json={**body, "stream": True}).text)[:-1]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == expected
+    ids = live.tokenizer.encode("Tell me")
+    assert http.post("/v1/completions", json={**body, "prompt": ids, "n": 1}).json()["choices"][0]["text"] == expected[0]
+    refused = http.post("/v1/completions", json={**body, "logprobs": 1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "echo"
 
 
 def test_prompts_are_cut(http: httpx.Client, live: Live) -> None:

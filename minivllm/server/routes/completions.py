@@ -3,13 +3,14 @@
 import time
 from collections.abc import Sequence
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.async_llm import Order
-from minivllm.errors import InvalidRequest, RequestError
+from minivllm.errors import InvalidRequest, RequestError, UnsupportedField
 from minivllm.server.logprobs import LogprobTexts
 from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
@@ -35,9 +36,19 @@ async def completions(request: Request) -> Response:
     counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
+    echoes = _echoes(s, body, orders)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, asked))
-    return json_response(_whole(await s.whole(orders, request), head, counts, asked))
+        return EventStream(s, orders, _Script(head, usage, counts, asked, echoes))
+    return json_response(_whole(await s.whole(orders, request), head, counts, asked, echoes))
+
+
+def _echoes(s: Serving, body: CompletionBody, orders: Sequence[Order]) -> Sequence[str]:
+    """What each text begins with: its prompt where that is asked for. Raises ``UnsupportedField`` for its logprobs."""
+    if not body.echo:
+        return [""] * len(orders)
+    if body.logprobs not in (None, False):
+        raise UnsupportedField("echo", "logprobs of a prompt are not served; leave out echo or logprobs")
+    return [s.llm.tokenizer.decode(list(order.prompt_ids)) for order in orders]
 
 
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
@@ -56,15 +67,17 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     return orders
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked) -> Completion:
+def _whole(
+    outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked, echoes: Sequence[str]
+) -> Completion:
     """The reply that holds every choice."""
     for i, output in enumerate(outputs):
         counts.see(i, output)
     choices = tuple(
         CompletionChoice(
-            i, o.text, asked.logprobs.completion(i, o), o.finish_reason, o.stop_reason, asked.new(o), asked.prompt(i)
+            i, echo + o.text, asked.logprobs.completion(i, o), o.finish_reason, o.stop_reason, asked.new(o), asked.prompt(i)
         )
-        for i, o in enumerate(outputs)
+        for i, (o, echo) in enumerate(zip(outputs, echoes, strict=True))
     )
     return Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
 
@@ -72,17 +85,20 @@ def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: 
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked, echoes: Sequence[str]) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
         self._asked = asked
+        self._echoes = dict(enumerate(echoes))  # what is still to be said before each choice's text
         self._begun: set[int] = set()  # choices whose prompt's ids were told
         self._pieces: dict[int, TextEvents] = {}  # of each choice
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """One chunk, unless there is nothing to tell."""
         self._counts.see(index, output)
+        if echo := self._echoes.pop(index, ""):
+            output = msgspec.structs.replace(output, text=echo + output.text)
         if output.finish_reason is None and self._asked.prompts is None and not output.logprobs:
             if not output.text:
                 return b""
