@@ -26,8 +26,8 @@ from minivllm.kernels.triton.attention import PagedAttention
 from minivllm.kernels.triton.attention_plan import Planner
 from minivllm.kernels.triton.attention_sizes import SEES_ALL, Shape, Shapes, SharedItems, Sizes, Step, usual_shapes
 from minivllm.kernels.triton.chip import this_chip
-from minivllm.kernels.triton.shared_prefix import SharedPrefix
-from minivllm.runner.sharing import Sharing, most_items
+from minivllm.kernels.triton.shared_prefix import PrefixWalk
+from minivllm.runner.seating import Seater, most_items
 from minivllm.types import SharedPrefix as Group
 
 STEPS = [  # rows, tokens that all begin with, tokens of each row's own
@@ -46,11 +46,11 @@ def begin_alike(bed: Bed, num_tokens: int) -> Group:
 def launcher(sizes: Sizes, shapes: Shapes, bed: Bed, group: Group | None, out: torch.Tensor) -> Callable[[], None]:
     """What attends over one layer; the plan of the step is made here, once, as for all layers of a model."""
     chip, num_rows = this_chip(DEVICE), len(bed.rows)
-    kernels, prefix = PagedAttention(chip, sizes, shapes, DEVICE), SharedPrefix(chip, sizes, shapes)
+    kernels, prefix = PagedAttention(chip, sizes, shapes, DEVICE), PrefixWalk(chip, sizes, shapes)
     tiling, shared = kernels.tiling, None
     if group is not None:
         shape = SharedShape(tiling.shared_rows, tiling.shared_grain, 1)
-        seating = Sharing(shape, BLOCK_SIZE, num_rows).seat((group,), np.arange(num_rows))
+        seating = Seater(shape, BLOCK_SIZE, num_rows).seat((group,), np.arange(num_rows))
         if seating is None:
             raise ValueError("nothing is shared")
         items = torch.zeros(4 + 3 * most_items(num_rows, shape), dtype=torch.int32)

@@ -101,7 +101,7 @@ class DeviceMeta:
     block_size: int
     decode: bool  # every row has at most one token, and row i is token i: num_tokens == max_rows
     host: AttnMeta | None  # the same as host arrays, where the step is not captured; its block_tables are not kept
-    shared: tuple[Tensor, Tensor] | None = None  # seats and items of rows with a common beginning (``runner/sharing.py``)
+    shared: tuple[Tensor, Tensor] | None = None  # seats and items of rows with a common beginning (``runner/seating.py``)
 
 
 Angles = tuple[Tensor, Tensor]  # cos and sin of a step's tokens, [num_tokens, half] float32 each

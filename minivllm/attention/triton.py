@@ -44,7 +44,7 @@ class TritonAttention:
         # Imported when made: who only asks about this backend may have no Triton.
         from minivllm.kernels.triton.attention import PagedAttention
         from minivllm.kernels.triton.attention_plan import Planner
-        from minivllm.kernels.triton.shared_prefix import SharedPrefix
+        from minivllm.kernels.triton.shared_prefix import PrefixWalk
         from minivllm.kernels.triton.turn import Turn
 
         if ops.chip is None:
@@ -54,7 +54,7 @@ class TritonAttention:
         sizes = Sizes(need.num_heads, need.num_kv_heads, need.head_dim, dtype)
         self._turn = Turn(chip, need.num_heads, need.num_kv_heads)
         shapes = usual_shapes(sizes, need.batch_invariant)
-        self._kernels, self._shared = PagedAttention(chip, sizes, shapes, need.device), SharedPrefix(chip, sizes, shapes)
+        self._kernels, self._shared = PagedAttention(chip, sizes, shapes, need.device), PrefixWalk(chip, sizes, shapes)
         tiling = self._kernels.tiling
         self._planner = Planner(chip, tiling, need.num_kv_heads, need.windows, need.device)
         usable = tiling.shared_rows and None in need.windows

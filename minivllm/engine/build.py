@@ -7,7 +7,8 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
 from minivllm.parallel.executor import LocalExecutor
-from minivllm.runner.build import MakeSampler, build_runner
+from minivllm.runner.build import build_runner
+from minivllm.runner.runner import MakeSampler
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo

@@ -31,13 +31,12 @@ from minivllm.runner.choose import choose_device, choose_dtype, choose_ops, set_
 from minivllm.runner.kv_cache import KVShape, allocate
 from minivllm.runner.loader import DTYPES, load_checkpoint, load_dummy
 from minivllm.runner.rows import Rows, TokenTable
-from minivllm.runner.runner import AnyRunner, Loaded, RowSampler, Runner
+from minivllm.runner.runner import AnyRunner, Loaded, MakeSampler, Runner
 from minivllm.runner.sizing import FEW_SHAPES_BYTES, FixedMemory, Sizes, resettle, settle
 from minivllm.sampling.sampler import Sampler
 from minivllm.types import EngineInfo
 
 log = logging.getLogger("minivllm")
-MakeSampler = Callable[[int, int, tuple[int, ...]], RowSampler]
 
 
 def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tuple[AnyRunner, EngineInfo]:

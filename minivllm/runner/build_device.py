@@ -6,7 +6,6 @@ that all their kernels are compiled at once (``kernels/triton/rehearsal.py``).
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
@@ -31,14 +30,13 @@ from minivllm.runner.device_runner import LEAST_MIXED, Captured, DeviceRunner
 from minivllm.runner.kv_cache import KVShape, allocate
 from minivllm.runner.page import RUN_FIELDS, Runs
 from minivllm.runner.rows import Rows
-from minivllm.runner.runner import Loaded, RowSampler
-from minivllm.runner.sharing import most_items
+from minivllm.runner.runner import Loaded, MakeSampler
+from minivllm.runner.seating import most_items
 from minivllm.runner.sizing import Sizes
 from minivllm.runner.stage import Stage, StageSizes
 from minivllm.sampling.device import DeviceSampler
 
 log = logging.getLogger("minivllm")
-MakeSampler = Callable[[int, int, tuple[int, ...]], RowSampler]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from minivllm.runner.logprobs import Asking, LogprobRows, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
 from minivllm.runner.runner import Loaded, RowSampler, copy_blocks, refuse_unbuilt
-from minivllm.runner.sharing import Int32, Sharing
+from minivllm.runner.seating import Int32, Seater
 from minivllm.runner.stage import Stage
 from minivllm.types import StepPlan, StepResult, StepTimes, TokenLogprobs
 
@@ -115,7 +115,7 @@ class DeviceRunner:
         self.rows, self.runs, self.sampler, self.stage, self._draw = rows, runs, sampler, stage, draw
         self.logprob_rows = LogprobRows(stage.scratch_row)
         shape = self.backend.shared_shape
-        self._sharing = None if shape is None else Sharing(shape, rows.block_size, stage.scratch_row)
+        self._seater = None if shape is None else Seater(shape, rows.block_size, stage.scratch_row)
         runs_of: dict[str, Callable[[int], None]] = {
             DECODE: lambda size: self.body(size, True, None),
             SHARED: lambda size: self.body(size, True, None, shared=True),
@@ -151,8 +151,8 @@ class DeviceRunner:
         if num_tokens > (most := len(self.stage.token_ids)):
             raise PlanError(f"a step of {num_tokens} tokens was planned for a runner of {most}")
         decode, seating = num_tokens == len(step.rows), None
-        if decode and plan.shared and self._sharing is not None:
-            seating = self._sharing.seat(plan.shared, step.rows)
+        if decode and plan.shared and self._seater is not None:
+            seating = self._seater.seat(plan.shared, step.rows)
         starts = self.stage.send(step, self.runs, self._wishes(rows, positions), seating)
         self.rows.advance(step)
         part = MIXED if not decode else DECODE if seating is None else SHARED
@@ -234,7 +234,7 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Load the kernels of small steps, so that the first requests do not wait for a compiler."""
+        """Run small steps once, so that the first requests do not wait for what torch's libraries load when they are called."""
         self.stage.blank()
         for size, decode in ((1, True), (min(LEAST_MIXED, len(self.stage.token_ids)), False)):
             self.body(size, decode, None)

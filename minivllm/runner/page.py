@@ -15,7 +15,7 @@ import numpy as np
 
 from minivllm.kernels.triton.sampling import NUM_WISHES
 from minivllm.runner.rows import RowStep
-from minivllm.runner.sharing import Int32, Seating
+from minivllm.runner.seating import Int32, Seating
 
 RUN_FIELDS = 5  # of a run: table, row, column, number of values, where on the page they stand (kernels/triton/steps.py)
 TOKENS, BLOCKS = 0, 1  # the tables that a run may be for
@@ -26,7 +26,7 @@ class PageLayout:
     """Where on the page the fixed parts stand. Both sizes are multiples of 4, so that each part is aligned to 16 bytes."""
 
     max_rows: int
-    max_items: int = 0  # of rows with a common beginning (``sharing.py``); 0: nobody asks for them
+    max_items: int = 0  # of rows with a common beginning (``seating.py``); 0: nobody asks for them
 
     @property
     def contexts(self) -> int:

@@ -9,7 +9,7 @@ The runner never asks who a sequence belongs to, whether it is finished or why i
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +68,9 @@ class RowSampler(Protocol):
         ``positions`` [num_sampled]: index in its sequence of the token to come; ``tokens`` [max_num_seqs, over max_model_len]
         int32: the known tokens of every row.
         """
+
+
+MakeSampler = Callable[[int, int, tuple[int, ...]], RowSampler]  # (max_num_seqs, vocab_size, eos_token_ids) -> a sampler
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from minivllm.kernels.triton.steps import StepKernels
 from minivllm.models.decoder import ForwardBatch
 from minivllm.runner.page import RUN_FIELDS, PageLayout, Runs, fill
 from minivllm.runner.rows import Rows, RowStep
-from minivllm.runner.sharing import Int32, Seating
+from minivllm.runner.seating import Int32, Seating
 
 MAX_PAGE = 2**22  # integers; what a step brings beyond that goes on pages of its own
 

@@ -27,8 +27,7 @@ class AllowedTokens:
     def apply(self, logits: Tensor, batch: SampleBatch) -> None:
         """See ``Feature``."""
         where = np.flatnonzero(self._asks[batch.rows])
-        ids = [self._ids[row] for row in batch.rows[where]]
-        places, columns = batch.put(np.repeat(where, [len(i) for i in ids])), batch.put(np.concatenate(ids))
-        kept = logits[places, columns]
+        at = batch.logits_of(where, [self._ids[row] for row in batch.rows[where]])
+        kept = logits[at]
         logits[batch.put(where)] = float("-inf")
-        logits[places, columns] = kept
+        logits[at] = kept

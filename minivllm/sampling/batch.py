@@ -1,5 +1,6 @@
 """What the sampling features see of a step: which rows sample, where in their sequence, and their known tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,12 @@ class SampleBatch:
     def take(self, where: np.ndarray) -> "SampleBatch":
         """Some of the rows, by place in this batch."""
         return SampleBatch(self.rows[where], self.positions[where], self.tokens)
+
+    def logits_of(self, where: np.ndarray, token_ids: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Where in the logits the tokens of some rows stand: places ``where`` [n], and for each its ``token_ids``. Two indices
+        [all tokens] beside the logits."""
+        places = np.repeat(where, [len(ids) for ids in token_ids])
+        return self.put(places), self.put(np.concatenate(token_ids))
 
     def put(self, values: np.ndarray) -> Tensor:
         """A host array beside the logits, by a fresh pinned page where the device is another."""

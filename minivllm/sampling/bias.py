@@ -29,7 +29,6 @@ class LogitBias:
     def apply(self, logits: Tensor, batch: SampleBatch) -> None:
         """See ``Feature``."""
         where = np.flatnonzero(self._asks[batch.rows])
-        ids = [self._ids[row] for row in batch.rows[where]]
-        places, columns = batch.put(np.repeat(where, [len(i) for i in ids])), batch.put(np.concatenate(ids))
+        at = batch.logits_of(where, [self._ids[row] for row in batch.rows[where]])
         values = batch.put(np.concatenate([self._values[row] for row in batch.rows[where]]))
-        logits[places, columns] = logits[places, columns] + values  # a row names a token once
+        logits[at] = logits[at] + values  # a row names a token once

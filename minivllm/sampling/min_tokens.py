@@ -37,6 +37,4 @@ class MinTokens:
     def apply(self, logits: Tensor, batch: SampleBatch) -> None:
         """See ``Feature``."""
         where = np.flatnonzero(batch.positions < self._until[batch.rows])
-        enders = [self._enders[row] for row in batch.rows[where]]
-        places = np.repeat(where, [len(e) for e in enders])
-        logits[batch.put(places), batch.put(np.concatenate(enders))] = float("-inf")
+        logits[batch.logits_of(where, [self._enders[row] for row in batch.rows[where]])] = float("-inf")

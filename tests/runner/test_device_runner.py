@@ -11,7 +11,7 @@ import torch
 
 from minivllm.errors import InvalidOption
 from minivllm.llm import LLM
-from minivllm.runner.sharing import Sharing as Seats
+from minivllm.runner.seating import Seater
 from minivllm.scheduler.sharing import Sharing
 from minivllm.types import SamplingParams
 
@@ -123,14 +123,14 @@ def test_common_beginnings_are_read_once(
     expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu", **few).generate(prompts, sampling)]
     monkeypatch.setattr("minivllm.scheduler.book.Sharing", partial(Sharing, min_rows=2, min_tokens=32))
     monkeypatch.setattr("minivllm.attention.triton.LEAST_SAVED", 1)
-    seat, seated = Seats.seat, []
+    seat, seated = Seater.seat, []
 
-    def noted(self: Seats, groups: Any, rows: Any) -> Any:
+    def noted(self: Seater, groups: Any, rows: Any) -> Any:
         found = seat(self, groups, rows)
         seated.append(0 if found is None else len(found.items))
         return found
 
-    monkeypatch.setattr(Seats, "seat", noted)
+    monkeypatch.setattr(Seater, "seat", noted)
     llm = make_llm("llama-gqa", **few, **triton_options)
     assert [c.token_ids for c in llm.generate(prompts, sampling)] == expected
     assert seated == [2] * (more - 1)

@@ -60,7 +60,7 @@ def _shared(q, k_cache, v_cache, block_tables, table_stride, items, members, fir
         tl.store(totals + place[:, None] * DIM_PAD + channel[None, :], total, mask=real[:, None])
 
 
-class SharedPrefix:
+class PrefixWalk:
     """The pass, for layers of one size. Holds nothing that changes."""
 
     def __init__(self, chip: Chip, sizes: Sizes, shapes: Shapes) -> None:

@@ -12,8 +12,8 @@ from minivllm.kernels.triton.attention import PagedAttention
 from minivllm.kernels.triton.attention_plan import Planner
 from minivllm.kernels.triton.attention_sizes import SEES_ALL, Shape, Shapes, SharedItems, Sizes, Step
 from minivllm.kernels.triton.chip import Chip, this_chip
-from minivllm.kernels.triton.shared_prefix import SharedPrefix
-from minivllm.runner.sharing import Seating, Sharing, most_items
+from minivllm.kernels.triton.shared_prefix import PrefixWalk
+from minivllm.runner.seating import Seater, Seating, most_items
 from minivllm.types import SharedPrefix as Group
 
 CONTEXTS = [(100, 1), (63, 1), (128, 1), (129, 1), (40, 1), (71, 1), (255, 1), (64, 1)]
@@ -43,10 +43,10 @@ def attend(
 ) -> torch.Tensor:
     """One decode step, its common beginnings first."""
     device = given.q.device
-    kernels, prefix = PagedAttention(chip, sizes, shapes, device), SharedPrefix(chip, sizes, shapes)
+    kernels, prefix = PagedAttention(chip, sizes, shapes, device), PrefixWalk(chip, sizes, shapes)
     tiling = kernels.tiling
     shape = SharedShape(tiling.shared_rows, tiling.shared_grain, 1)
-    seating = Sharing(shape, BLOCK_SIZE, 64).seat(groups, given.rows[: len(CONTEXTS)].cpu().numpy().astype(np.int64))
+    seating = Seater(shape, BLOCK_SIZE, 64).seat(groups, given.rows[: len(CONTEXTS)].cpu().numpy().astype(np.int64))
     assert seating is not None
     planner = Planner(chip, tiling, sizes.num_kv_heads, (9, None), device)
     shared = prefix.prepare(on_page(seating, len(given.rows), most_items(64, shape), device))

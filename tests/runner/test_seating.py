@@ -6,14 +6,14 @@ import pytest
 from minivllm.attention.base import SharedShape
 from minivllm.runner.page import PageLayout, fill
 from minivllm.runner.rows import RowStep
-from minivllm.runner.sharing import MAX_GROUPS, Seating, Sharing, most_items
+from minivllm.runner.seating import MAX_GROUPS, Seater, Seating, most_items
 from minivllm.types import SharedPrefix
 
 SHAPE = SharedShape(rows=4, grain=32, least_saved=1)
 
 
 def seat(groups: tuple[SharedPrefix, ...], rows: list[int], shape: SharedShape = SHAPE) -> Seating | None:
-    return Sharing(shape, 16, 100).seat(groups, np.array(rows))
+    return Seater(shape, 16, 100).seat(groups, np.array(rows))
 
 
 def test_groups_are_cut_into_items() -> None:
@@ -50,12 +50,12 @@ def test_groups_that_save_most_come_first() -> None:
 
 
 def test_steps_follow_each_other() -> None:
-    sharing = Sharing(SHAPE, 16, 20)
+    seater = Seater(SHAPE, 16, 20)
     groups = (SharedPrefix((1, 2, 3), 4),)
     for rows in ([3, 1, 2], [2, 9], [2, 3]):
-        found = sharing.seat(groups, np.array(rows))
+        found = seater.seat(groups, np.array(rows))
         assert (found is None) == (rows == [2, 9])
-    assert sharing.seat((), np.array([1, 2, 3])) is None
+    assert seater.seat((), np.array([1, 2, 3])) is None
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 64, 100])

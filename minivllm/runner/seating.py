@@ -31,7 +31,7 @@ class Seating:
     items: Int32  # [num_items, 3]: row of the block table, shared tokens, rows
 
 
-class Sharing:
+class Seater:
     """Seats rows, step after step. Written by the runner: it remembers the groups of the last plan as arrays."""
 
     def __init__(self, shape: SharedShape, block_size: int, max_num_seqs: int) -> None:
