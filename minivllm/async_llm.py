@@ -296,6 +296,8 @@ class AsyncLLM:
         Closing or cancelling the generator ends the request in the engine. Raises ``RequestError`` subclasses: before the first
         output for a request that is refused, later when the engine could not finish it.
         """
+        if sampling.n != 1:
+            raise InvalidRequest("generate gives one text; open several orders for n of them.", "n")
         with self.open([Order(request_id, prompt_ids, sampling, priority, cache_salt)]) as mailbox:
             while mailbox.more:
                 await mailbox.wait()

@@ -76,13 +76,15 @@ def spell(sampling: SamplingParams, tokenizer: Encodes, vocab_size: int, max_log
     for name, ids in named.items():
         if any(not 0 <= token < vocab_size for token in ids):
             raise InvalidRequest(f"{name} names token ids outside the vocabulary of {vocab_size} tokens.", name)
+    if any(not 0 <= token < vocab_size for ids in sampling.bad_word_ids for token in ids):
+        raise InvalidRequest(f"bad_words names token ids outside the vocabulary of {vocab_size} tokens.", "bad_words")
     if not sampling.bad_words:
         return sampling
     spelled: dict[tuple[int, ...], None] = {}
     for word in sampling.bad_words:
         for prefix in ("", " "):
             spelled[tuple(tokenizer.encode(prefix + word.lstrip(), False))] = None
-    return msgspec.structs.replace(sampling, bad_word_ids=tuple(ids for ids in spelled if ids))
+    return msgspec.structs.replace(sampling, bad_word_ids=tuple(ids for ids in spelled if ids and max(ids) < vocab_size))
 
 
 def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:

@@ -120,6 +120,8 @@ def _check_sampling(p: SamplingParams) -> None:
         raise InvalidRequest("allowed_token_ids is empty, so no token could come; leave it out.", "allowed_token_ids")
     if len(p.bad_words) > MAX_BAD_WORDS or any(not word.strip() for word in p.bad_words):
         raise InvalidRequest(f"bad_words may hold at most {MAX_BAD_WORDS} words, none of them empty.", "bad_words")
+    if any(not ids for ids in p.bad_word_ids):
+        raise InvalidRequest("bad_word_ids must not hold an empty word.", "bad_words")
     if sum(map(len, p.bad_words)) > MAX_STOP_CHARS:
         raise InvalidRequest(f"bad_words may hold at most {MAX_STOP_CHARS} characters in all.", "bad_words")
     if any(not s for s in p.stop):

@@ -164,6 +164,7 @@ def test_what_cannot_run_is_refused_before_the_engine_hears_of_it(tokenizer: Tok
                 ((1 << 20,), greedy(), InvalidRequest),
                 (tuple(range(500)), greedy(100), ContextTooLong),
                 ((1,) * 512, greedy(None), ContextTooLong),
+                ((1,), SamplingParams(n=2, max_tokens=3), InvalidRequest),
             ):
                 with pytest.raises(error):
                     await collect(llm, "x", prompt, sampling)

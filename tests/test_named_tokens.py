@@ -54,6 +54,7 @@ def test_bad_words_do_not_come(llm: LLM) -> None:
     [
         ("logit_bias", [((0, 101.0),), ((0, float("nan")),), ((3, 1.0), (3, 2.0)), tuple((i, 1.0) for i in range(1025))]),
         ("allowed_token_ids", [()]),
+        ("bad_word_ids", [((),)]),
         ("bad_words", [("",), (" ",), tuple(map(str, range(300))), ("x" * 70_000,)]),
     ],
 )
@@ -61,12 +62,16 @@ def test_out_of_range(field: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(InvalidRequest, match=field) as caught:
             SamplingParams(**{field: value})
-        assert caught.value.param == field
+        assert caught.value.param == {"bad_word_ids": "bad_words"}.get(field, field)
 
 
 @pytest.mark.parametrize(
-    "more", [{"logit_bias": ((10**6, 1.0),)}, {"logit_bias": ((-1, 1.0),)}, {"allowed_token_ids": (10**6,)}]
-)
+    "more",
+    [
+        {"logit_bias": ((10**6, 1.0),)}, {"logit_bias": ((-1, 1.0),)}, {"allowed_token_ids": (10**6,)},
+        {"bad_words": ("x",), "bad_word_ids": ((10**6,),)},
+    ],
+)  # fmt: skip
 def test_tokens_that_are_not_there(llm: LLM, more: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="outside the vocabulary") as caught:
         llm.generate([PROMPT], asked(**more))
