@@ -23,6 +23,7 @@ MAX_SAMPLES = 128  # texts that a request may ask for of one prompt
 MAX_BIASED = 1024  # tokens that a logit_bias may name
 MAX_BAD_WORDS = 256  # each is compared with the end of the output at every token
 MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 300 bytes a character
+MAX_GRAMMAR_CHARS = 2**18  # of one grammar's source
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,6 +33,20 @@ SETTLED = frozenset({"bad_word_ids"})  # fields of SamplingParams that no user g
 WANT_SAMPLE = 1  # logits of the last position and a token from them
 WANT_PROMPT_LOGPROBS = 2  # logprobs of every prompt position in the chunk
 WANT_POOL = 4  # the final hidden state instead of a token
+
+
+class Grammar(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What a text has to be. ``text/grammar.py`` makes it of what clients send, and says what each kind's ``source`` is."""
+
+    kind: Literal["json", "regex", "lark"]
+    source: str  # a JSON Schema, a regular expression or a grammar in llguidance's kind of Lark
+    compact: bool = False  # JSON without any whitespace between its parts
+    begins_after: str = ""  # the text is free until this has come (the end of the reasoning); "": it is bound from its start
+
+    def __post_init__(self) -> None:
+        """Raise ``InvalidRequest`` for one that is empty or too long to look at."""
+        if not 0 < len(self.source) <= MAX_GRAMMAR_CHARS:
+            raise InvalidRequest(f"A grammar must have from 1 to {MAX_GRAMMAR_CHARS} characters, this has {len(self.source)}.")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
@@ -57,6 +72,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     bad_words: tuple[str, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the ways to write ``bad_words``; set by the face that accepts the request
+    grammar: Grammar | None = None  # None: any text
     stop: tuple[str, ...] = ()  # matched on text, in the text room; the engine never sees them act
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -195,6 +211,7 @@ class RowWork(msgspec.Struct, frozen=True, gc=False):
     new_block_ids: tuple[tuple[int, ...], ...] = ()  # per KV group; () = none for any group
     draft_ids: tuple[int, ...] = ()
     wants: int = 0  # WANT_* bits
+    forced_ids: tuple[int, ...] = ()  # tokens that follow the row's known ones for certain; among ``num_tokens``
 
 
 class CopyBlock(msgspec.Struct, frozen=True, gc=False):
@@ -282,6 +299,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for
+    complete: bool = False  # its grammar ended it: the last token belongs to the text, which a stop token does not
 
 
 class FinishedTimes(msgspec.Struct, frozen=True, gc=False):

@@ -72,6 +72,11 @@ class Tokenizer:
                 raise InvalidRequest(f"{token_id} is not a token id; ids are from 0 to {self.vocab_size - 1}.", "tokens")
         return self._pieces.decode(ids, skip_special_tokens)
 
+    def as_json(self) -> str:
+        """The whole tokenizer in the form of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for inside a text, special or not."""
         return self._pieces[token_id]

@@ -1,0 +1,93 @@
+"""Grammars: what clients may ask a text to be, and what checks and follows it.
+
+A request names a JSON Schema, a regular expression, a list of choices or a grammar; all of them become a ``types.Grammar``, and
+llguidance makes a *matcher* of that: a lexer and an Earley parser over the vocabulary's bytes that says, after each token, which
+tokens may come next (as a bit mask) and which must. Why llguidance: docs/architecture.md, "Dependencies".
+
+A stranger wrote the grammar, so everything about it is bounded (``LIMITS``): how large it may be, how much work one mask may
+take, how many states its lexer may have. Beyond a bound the matcher says that it failed; it raises nothing and never hangs.
+
+Between the parts of JSON text there may be whitespace, but at most ``MOST_WHITESPACE`` characters in a place: a model that
+falls into writing spaces without end would otherwise fill its whole output with them, and still be within the grammar.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from minivllm.errors import InvalidRequest
+from minivllm.text.tokenizer import Tokenizer
+from minivllm.types import Grammar
+
+MOST_WHITESPACE: Final = 64  # room for a line break and the indentation of deeply nested JSON
+MAX_CHOICES: Final = 1024
+LIMITS: Final = LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # about 20 ms
+    step_lexer_fuel=100_000,  # of one mask: about 7 ms
+    step_max_items=50_000,  # of one mask: about 3 ms
+    max_lexer_states=30_000,  # 1 to 2 KB each
+    max_grammar_size=200_000,
+    verbose_errors=False,  # its words may be shown to the client; parts of its own states should not be
+)
+
+
+def json_grammar(schema: str | bool | Mapping[str, Any], compact: bool = False) -> Grammar:
+    """JSON text that a schema describes; properties come in the schema's order. Raises ``InvalidRequest``."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise InvalidRequest("The JSON Schema is not valid JSON; send it as a JSON object.") from None
+    if not isinstance(schema, bool | Mapping):
+        raise InvalidRequest("A JSON Schema is an object (or true); send one.")
+    return Grammar("json", json.dumps(schema, ensure_ascii=False), compact)
+
+
+def choice_grammar(choices: Sequence[str]) -> Grammar:
+    """One of several texts. Raises ``InvalidRequest``."""
+    if not 0 < len(choices) <= MAX_CHOICES or any(not isinstance(c, str) or not c for c in choices):
+        raise InvalidRequest(f"choice takes from 1 to {MAX_CHOICES} texts, none of them empty.", "structured_outputs.choice")
+    return Grammar("lark", "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in dict.fromkeys(choices)))
+
+
+def text_grammar(source: str) -> Grammar:
+    """A grammar that a client wrote, as Lark (``start: ...``) or GBNF (``root ::= ...``)."""
+    return Grammar("lark", source)
+
+
+def vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """A vocabulary as matchers walk it. ``vocab_size``: of the model's logits. Takes up to a second for 150,000 tokens."""
+    eos = [token for token in eos_token_ids if token < vocab_size] or [tokenizer.vocab_size - 1]
+    return LLTokenizer(tokenizer.as_json(), n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos)
+
+
+def matcher(grammar: Grammar, words: LLTokenizer) -> LLMatcher:
+    """A matcher at the beginning of a text. Raises ``InvalidRequest`` with llguidance's own words for a grammar that it cannot
+    follow or that goes beyond the limits."""
+    try:
+        made = LLMatcher(words, _source(grammar), log_level=0, limits=LIMITS)
+    except Exception as error:  # a stranger's text: any way in which reading it can fail is about this request
+        raise _refused(str(error)) from None
+    if made.is_error():
+        raise _refused(made.get_error())
+    return made
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own form."""
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.source)
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
+    if grammar.compact:
+        return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
+    pattern = f"[\\x20\\x0A\\x0D\\x09]{{0,{MOST_WHITESPACE}}}"
+    return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": pattern})
+
+
+def _refused(reason: str) -> InvalidRequest:
+    short = " ".join(reason.split())[:300]
+    return InvalidRequest(f"The grammar cannot be followed here: {short}; change or simplify it.")
