@@ -26,7 +26,7 @@ from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, Server
 from minivllm.observe.metrics import Metrics
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineInfo, GenerateRequest, RequestOutput, SamplingParams
+from minivllm.types import EngineInfo, GenerateRequest, Grammar, RequestOutput, SamplingParams
 
 SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
 LARGEST_SHARE = 0.5  # of the one core that the event loop has
@@ -211,6 +211,12 @@ class AsyncLLM:
     def info(self) -> EngineInfo:
         """What the engine settled on at start."""
         return self._client.info
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raise ``InvalidRequest`` for a grammar that cannot be followed. Takes its time; safe in any thread."""
+        from minivllm.text.grammar import matcher, vocabulary
+
+        matcher(grammar, vocabulary(self.tokenizer, self.info.vocab_size, self.info.eos_token_ids))
 
     @property
     def num_open(self) -> int:

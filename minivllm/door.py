@@ -96,15 +96,14 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def locate(config: Config) -> tuple[Config, Path]:
-    """Fetch the model if need be: the options with ``model`` as a local folder, and that folder. Raises ``StartupError``."""
-    names = config.served_names
-    weights = config.model.load_format != "dummy"
-    folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=weights)
-    return replace(config, model=replace(config.model, model=str(folder), served_model_name=names)), folder
+    """Fetch the model if need be: the options with local folders as ``model`` and ``tokenizer``, and the model's. Raises
+    ``StartupError``."""
+    names, model = config.served_names, config.model
+    folder = fetch_model(model.model, model.revision, model.download_dir, weights=model.load_format != "dummy")
+    words = None if model.tokenizer is None else str(fetch_model(model.tokenizer, None, model.download_dir, weights=False))
+    return replace(config, model=replace(model, model=str(folder), tokenizer=words, served_model_name=names)), folder
 
 
 def tokenizer_folder(config: Config, model_folder: Path) -> Path:
-    """Where the tokenizer's files are."""
-    if config.model.tokenizer is None:
-        return model_folder
-    return fetch_model(config.model.tokenizer, None, config.model.download_dir, weights=False)
+    """Where the tokenizer's files are; ``config`` comes from ``locate``."""
+    return model_folder if config.model.tokenizer is None else Path(config.model.tokenizer)

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,7 +18,10 @@ from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineInfo, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenLogprobs
+from minivllm.types import EngineInfo, FinishReason, GenerateRequest, Grammar, RequestOutput, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 @dataclass
@@ -48,6 +51,7 @@ class LLM:
         self.engine = build_engine(config)
         self._seeds = random.Random(config.model.seed)
         self._next_id = 0
+        self._vocabulary: LLTokenizer | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -94,6 +98,8 @@ class LLM:
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(ids, self.info.vocab_size)
         params = spell(params, self.tokenizer, self.info.vocab_size, self.config.model.max_logprobs)
+        if params.grammar is not None:
+            self._check_grammar(params.grammar)
         self._next_id += 1
         return GenerateRequest(
             id=f"local-{self._next_id}",
@@ -101,6 +107,14 @@ class LLM:
             sampling=settle(params, len(ids), self.info.max_model_len, self._seeds.getrandbits(63)),
             arrival_s=time.monotonic(),
         )
+
+    def _check_grammar(self, grammar: Grammar) -> None:
+        """Raise ``InvalidRequest`` for one that cannot be followed."""
+        from minivllm.text.grammar import matcher, vocabulary  # costs something, and few need it
+
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary(self.tokenizer, self.info.vocab_size, self.info.eos_token_ids)
+        matcher(grammar, self._vocabulary)
 
     def _another(self, first: GenerateRequest, sample_index: int, seed: int | None) -> GenerateRequest:
         """A further text of the same prompt."""

@@ -87,6 +87,17 @@ def _pair(text: str) -> tuple[int, float]:
         raise ValueError("a token id and a number, as in 42=-100") from None
 
 
+def _grammar(text: str) -> Any:
+    """Read what a text has to be."""
+    from minivllm.types import Grammar
+
+    kind, colon, source = text.partition(":")
+    kinds: tuple[str, ...] = get_args(get_type_hints(Grammar)["kind"])
+    if not colon or not source or kind not in kinds:
+        raise ValueError(f"a kind ({', '.join(kinds)}), a colon and the grammar, as in regex:[a-z]+")
+    return Grammar(kind, source)  # type: ignore[arg-type]  # one of the kinds
+
+
 def plain_type(annotation: Any) -> Any:
     """The type without ``| None``."""
     if get_origin(annotation) in (Union, types.UnionType):
@@ -107,7 +118,7 @@ def converter(name: str, annotation: Any) -> Callable[[str], Any]:
     if kind is int:
         return parse_size if name in _SIZED or name.endswith("_bytes") else _whole
     plain: dict[Any, Callable[[str], Any]] = {bool: _truth, float: _number, str: str}
-    return plain[kind]
+    return plain.get(kind, _grammar)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,7 +341,8 @@ def add_sampling(parser: Parser, leave_out: frozenset[str] = frozenset({"seed"})
         if get_origin(kind) is tuple:
             common["nargs"] = "+"
         item = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        metavar = {int: "ID" if item is not kind else "N", float: "X", str: "TEXT"}.get(item, "ID=X")
+        others = "ID=X" if item is not kind else "KIND:TEXT"
+        metavar = {int: "ID" if item is not kind else "N", float: "X", str: "TEXT"}.get(item, others)
         group.add_argument(flag, type=_told(converter(name, annotation)), metavar=metavar, **common)
 
 
@@ -342,8 +354,12 @@ def read_sampling(found: argparse.Namespace) -> dict[str, Any]:
 
 def as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The same fields as a server takes them."""
-    pairs = {"logit_bias": {str(token): value for token, value in fields["logit_bias"]}} if "logit_bias" in fields else {}
-    return {**fields, **pairs}
+    told = dict(fields)
+    if "logit_bias" in told:
+        told["logit_bias"] = {str(token): value for token, value in told["logit_bias"]}
+    if (grammar := told.pop("grammar", None)) is not None:
+        told["structured_outputs"] = {"grammar" if grammar.kind == "lark" else grammar.kind: grammar.source}
+    return told
 
 
 # ----------------------------------------------------------------------------------------------------------------------

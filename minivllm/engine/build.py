@@ -1,17 +1,27 @@
 """From options to a running engine, in this process."""
 
 import time
+from functools import partial
+from pathlib import Path
+
+from llguidance import LLTokenizer
 
 from minivllm.config import Config
 from minivllm.engine.engine import Engine
+from minivllm.engine.grammars import Grammars
 from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
 from minivllm.parallel.executor import LocalExecutor
 from minivllm.runner.build import build_runner
+from minivllm.runner.choose import num_cores
 from minivllm.runner.runner import MakeSampler
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
+from minivllm.text.grammar import vocabulary
+from minivllm.text.tokenizer import load_tokenizer
 from minivllm.types import EngineInfo
+
+MOST_MASK_THREADS = 8  # beyond these, a step's masks take no less time
 
 
 def build_engine(config: Config, make_sampler: MakeSampler | None = None) -> Engine:
@@ -24,7 +34,20 @@ def build_engine(config: Config, make_sampler: MakeSampler | None = None) -> Eng
             "lower the other."
         )
     runner, info = build_runner(config, make_sampler)
-    return Engine(make_scheduler(config, info), LocalExecutor(runner), info, time.monotonic, overlap_of(config, info))
+    grammars = Grammars(partial(_vocabulary, config, info), info.vocab_size, mask_threads(config))
+    scheduler, overlap = make_scheduler(config, info), overlap_of(config, info)
+    return Engine(scheduler, LocalExecutor(runner), info, time.monotonic, overlap, grammars)
+
+
+def _vocabulary(config: Config, info: EngineInfo) -> LLTokenizer:
+    """The model's vocabulary for grammars. Raises ``StartupError`` subclasses when its tokenizer cannot be read."""
+    folder = Path(config.model.tokenizer or config.model.model)
+    return vocabulary(load_tokenizer(folder), info.vocab_size, info.eos_token_ids)
+
+
+def mask_threads(config: Config) -> int:
+    """Threads that compute grammar masks; while they do, those of a model on the CPU wait."""
+    return min(MOST_MASK_THREADS, config.runner.num_threads or num_cores())
 
 
 def make_scheduler(config: Config, info: EngineInfo) -> Scheduler:

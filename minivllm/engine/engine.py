@@ -4,16 +4,26 @@ This is the only file that sees both halves. The scheduler plans without knowing
 requests; here they meet in a ``StepPlan`` one way and a ``StepResult`` the other. With ``overlap`` 0 a step's tokens are known
 before the next is planned. With 1 the next step is planned and launched first, because the sampled tokens it needs are on the
 device already: the device never waits for this loop. Same lines, another depth.
+
+A step with rows that follow a grammar is launched as early as any other, but what its rows may say next depends on the tokens
+of the steps before it. So its sampling waits for these, and the masks are computed while the device is at the step's body.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from concurrent.futures import Future, wait
+from typing import Protocol, cast
 
-from minivllm.errors import OutOfDeviceMemory
+import numpy as np
+import numpy.typing as npt
+
+from minivllm.engine.grammars import Grammars, Guide
+from minivllm.errors import InvalidRequest, MiniVLLMError, OutOfDeviceMemory, RequestError
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult
+from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
+
+_PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made
 
 log = logging.getLogger("minivllm")
 
@@ -21,8 +31,8 @@ log = logging.getLogger("minivllm")
 class Pending(Protocol):
     """A launched step."""
 
-    def sample(self, masks: None) -> None:
-        """Run head and sampler; grammar masks arrive here, computed while the body ran."""
+    def sample(self, masks: npt.NDArray[np.int32] | None) -> None:
+        """Run head and sampler; the masks of the plan's grammar rows arrive here, computed while the body ran."""
         ...
 
     def result(self) -> StepResult:
@@ -46,27 +56,48 @@ class Engine:
     """Requests in, tokens out. Written by one thread: whoever calls ``step``."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, info: EngineInfo, clock: Callable[[], float], overlap: int = 0
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineInfo,
+        clock: Callable[[], float],
+        overlap: int = 0,
+        grammars: Grammars | None = None,
     ) -> None:
         self.info = info
+        self._grammars = grammars
+        self._preparing: dict[str, tuple[GenerateRequest, Future[Guide]]] = {}  # whose grammars are being made
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
         self._overlap = overlap
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
+        self._awaits_masks = False  # the newest step in flight
         self._changed = False  # something happened that no step has reported
 
     @property
     def has_work(self) -> bool:
         """True while ``step`` has something to do."""
-        return self._scheduler.has_work or self._changed
+        return self._scheduler.has_work or self._changed or bool(self._preparing)
 
     def add(self, request: GenerateRequest) -> None:
-        """Queue a request; raises ``RequestError`` for one that can never run."""
-        self._scheduler.add(request)
+        """Queue a request; raises ``RequestError`` for one that can never run. Of one that follows a grammar it may only turn
+        out later that it cannot run; its last event says so."""
+        if request.sampling.grammar is None:
+            self._scheduler.add(request)
+            return
+        if self._grammars is None:
+            raise InvalidRequest("This engine follows no grammars; leave out what asks for structured output.", "grammar")
+        if request.id in self._preparing:
+            raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
+        hurries = request.sampling.logprobs is None
+        self._preparing[request.id] = (request, self._grammars.prepare(request.sampling.grammar, hurries=hurries))
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests; their blocks are free before the next step is planned."""
+        ids = list(ids)
+        for request_id in ids:
+            self._preparing.pop(request_id, None)
         self._changed = bool(self._scheduler.abort(ids, self._clock())) or self._changed
 
     def prepare_more(self) -> bool:
@@ -75,6 +106,8 @@ class Engine:
 
     def step(self) -> EngineOutput | None:
         """Plan and launch a step; collect the oldest once more than ``overlap`` are in flight. None: nothing to say yet."""
+        if self._preparing and (refused := self._admit_prepared()):
+            return EngineOutput(tuple(refused))
         try:
             output = self._step()
         except Exception as error:
@@ -84,6 +117,7 @@ class Engine:
             else:
                 log.exception("a step failed; its requests start over")
             self._in_flight.clear()
+            self._awaits_masks = False
             message = "The engine could not compute this request; try it again."
             output = self._scheduler.fail(message, self._clock(), out_of_memory)
         if output is None and self._changed and not self._in_flight:
@@ -91,17 +125,61 @@ class Engine:
         self._changed = self._changed and output is None
         return output
 
+    def _admit_prepared(self) -> list[TokenEvent]:
+        """Queue the requests whose grammars are there now; the last events of those that turned out not to be served."""
+        if not self._scheduler.has_work:
+            wait([future for _, future in self._preparing.values()], _PREPARING_S, "FIRST_COMPLETED")
+        refused = []
+        for request_id, (request, future) in list(self._preparing.items()):
+            if not future.done():
+                break  # in their order, so that the texts of one prompt are queued behind its first
+            del self._preparing[request_id]
+            try:
+                self._scheduler.add(request, _follow(request, future.result()))
+            except RequestError as error:
+                refused.append(TokenEvent(request_id, (), "error", error=error.message))
+            except MiniVLLMError as error:
+                refused.append(TokenEvent(request_id, (), "error", error=f"No grammar can be followed: {error}"))
+            except Exception:
+                log.exception("a grammar could not be prepared")
+                message = "The engine could not prepare the grammar of this request; its log says why."
+                refused.append(TokenEvent(request_id, (), "error", error=message))
+        return refused
+
     def _step(self) -> EngineOutput | None:
+        if self._awaits_masks:
+            self._awaits_masks = False
+            self._sample_guided(*self._in_flight[-1])
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:
             pending = self._executor.launch(plan)
-            pending.sample(None)
             self._in_flight.append((plan, pending))
+            if not plan.grammar_rows:
+                pending.sample(None)
+            elif len(self._in_flight) == 1:
+                self._sample_guided(plan, pending)
+            else:
+                self._awaits_masks = True
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._overlap):
             return None
         oldest, pending = self._in_flight.popleft()
         return self._scheduler.apply(oldest, pending.result(), self._clock())
 
+    def _sample_guided(self, plan: StepPlan, pending: Pending) -> None:
+        """Sample a step with grammar rows; the tokens of all steps before it are known."""
+        if self._grammars is None:
+            raise RuntimeError("a plan has grammar rows, but nobody follows grammars")
+        ours = cast("list[tuple[Guide, int] | None]", self._scheduler.guides(plan))  # the scheduler was given no others
+        pending.sample(self._grammars.masks(ours))
+
     def check(self) -> None:
         """Raise RuntimeError when an invariant of the scheduler is broken."""
         self._scheduler.check()
+
+
+def _follow(request: GenerateRequest, guide: Guide) -> Guide:
+    """A guide that has seen what the request brings of its output. Raises ``InvalidRequest`` for one that does not fit."""
+    for token_id in request.prior_output_ids:
+        if guide.take(token_id) != "more":
+            raise InvalidRequest("The prior output does not fit the grammar, or ends it.", "grammar")
+    return guide

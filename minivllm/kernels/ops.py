@@ -42,6 +42,7 @@ class Ops:
     gated_linear: Callable[[Tensor, Matrix, Tensor | None, str], Tensor]
     choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     logprobs: Callable[[Tensor, Tensor, int], reference.RowLogprobs]
+    rule_out: Callable[[Tensor, Tensor, Tensor], None]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     native: "NativeLibrary | None" = None  # the compiled CPU kernels, where this table uses them
@@ -67,6 +68,7 @@ def reference_ops() -> Ops:
         gated_linear=reference.gated_linear,
         choose=reference.choose,
         logprobs=reference.logprobs,
+        rule_out=reference.rule_out,
         kv_write=reference.kv_write,
         copy_blocks=reference.copy_blocks,
     )
@@ -129,6 +131,7 @@ def triton_ops(chip: "Chip", batch_invariant: bool) -> Ops:
     from minivllm.kernels.triton.elementwise import Elementwise
     from minivllm.kernels.triton.fixed_tiles import FixedTiles
     from minivllm.kernels.triton.logprobs import Logprobs
+    from minivllm.kernels.triton.masks import Masks
     from minivllm.kernels.triton.products import Products
     from minivllm.kernels.triton.sampling import Draw
 
@@ -146,6 +149,7 @@ def triton_ops(chip: "Chip", batch_invariant: bool) -> Ops:
         gated_activation=gated,
         choose=Draw(chip).choose,
         logprobs=Logprobs(chip).of,
+        rule_out=Masks(chip).rule_out,
         chip=chip,
     )
     if batch_invariant:

@@ -169,6 +169,17 @@ def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> RowLogprobs:
     return RowLogprobs((mine - norm)[:, 0], ranks, best.indices[:, :num_top].to(torch.int32), top)
 
 
+def rule_out(logits: Tensor, places: Tensor, masks: Tensor) -> None:
+    """Set logits [num_rows, vocab] float32 to minus infinity where a mask has no bit, in rows ``places`` [n] int64.
+
+    ``masks`` [n, ceil(vocab / 32)] int32: bit t % 32 of word t // 32 is set when token t may come.
+    """
+    shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
+    for place, mask in zip(places.tolist(), masks, strict=True):  # row by row: spread out, a mask is as large as the logits
+        bits = (mask[:, None] >> shifts) & 1  # [words, 32]
+        logits[place].masked_fill_(bits.view(-1)[: logits.shape[1]] == 0, -torch.inf)
+
+
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Put ``k`` and ``v`` [num_tokens, num_kv_heads, head_dim] into the KV slots ``slots`` [num_tokens] of the caches.
 

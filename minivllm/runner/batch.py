@@ -28,7 +28,7 @@ class Sampled:
     device_positions: Tensor
 
 
-def to_device(host: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+def to_device(host: npt.NDArray[np.int64] | npt.NDArray[np.int32], device: torch.device) -> Tensor:
     """Copy through a page of its own: a host array that is used again must not be read by a copy still under way."""
     page = torch.from_numpy(host)
     if device.type == "cuda":

@@ -137,7 +137,7 @@ def _body(runner: DeviceRunner, num_tokens: int, *, decode: bool, shared: bool =
 
 
 def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:
-    """What rows that ask for min_p, top_k and top_p are drawn with, each alone and all at once; and logprobs."""
+    """What rows that ask for min_p, top_k and top_p are drawn with, each alone and all at once; logprobs; and masks."""
     hidden = runner.stage.sampled[:num_rows]
     logits = hidden.new_empty((num_rows, runner.decoder.spec.vocab_size), dtype=torch.float32)
     numbers, counts = logits[:, 0].contiguous(), logits.new_empty(num_rows, dtype=torch.int32)
@@ -150,6 +150,7 @@ def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:
     chosen = counts.to(torch.int64)
     for num_top in TOPS:
         runner.ops.logprobs(logits, chosen, min(num_top, logits.shape[1]))
+    runner.ops.rule_out(logits, chosen, counts.new_empty((num_rows, -(-logits.shape[1] // 32))))
 
 
 def _each_layer_once(spec: ModelSpec) -> ModelSpec:

@@ -51,13 +51,13 @@ def choose_ops(config: Config, dtype: torch.dtype, device: torch.device) -> tupl
 
 def set_threads(asked: int | None, ops: Ops) -> None:
     """Give the threads to whoever computes: the native kernels' pool (torch then stays on the caller's thread), or torch's."""
-    num_threads = asked or _num_cores()
+    num_threads = asked or num_cores()
     if ops.native is not None:
         ops.native.set_threads(num_threads)
     torch.set_num_threads(1 if ops.native is not None else num_threads)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

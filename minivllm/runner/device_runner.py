@@ -27,7 +27,7 @@ from minivllm.runner.graphs import Graphs, Part, ladder
 from minivllm.runner.logprobs import Asking, LogprobRows, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
-from minivllm.runner.runner import Loaded, RowSampler, copy_blocks, refuse_unbuilt
+from minivllm.runner.runner import Loaded, Masks, RowSampler, copy_blocks, guided_places, refuse_unbuilt
 from minivllm.runner.seating import Int32, Seater
 from minivllm.runner.stage import Stage
 from minivllm.types import StepPlan, StepResult, StepTimes, TokenLogprobs
@@ -37,6 +37,7 @@ LEAST_MIXED = 16  # tokens: smaller steps with a prompt in them are padded up to
 MAX_CAPTURED_TOKENS = 2048  # larger steps keep the device busy for longer than their launches take
 
 
+Guided = tuple[Int64, Masks]  # places among the rows that get a token, and their masks
 Captured = Mapping[str, Sequence[int]]
 
 
@@ -71,15 +72,17 @@ class DevicePending:
         self.done = False
 
     @torch.inference_mode()
-    def sample(self, masks: None = None) -> None:
-        """Launch the head and ask for the tokens. ``masks`` is where grammar masks will arrive; there are none yet."""
-        if masks is not None:
-            raise PlanError("grammar masks are not built")
+    def sample(self, masks: Masks | None = None) -> None:
+        """Launch the head and ask for the tokens. ``masks``: of the plan's grammar rows, computed while the body ran."""
+        sampled = None if self.step is None else self.step.rows[self.step.sampling]
+        guided = None if masks is None else (guided_places(self.plan, masks, sampled), masks)
+        if guided is None and self.plan.grammar_rows:
+            raise PlanError(f"the plan has {len(self.plan.grammar_rows)} grammar rows, but no masks came")
         self.done = True
         if self.step is not None and len(self.step.sampling):
             with self.runner.failing_whole():
                 self.asking = self.runner.logprob_rows.asking(self.step.rows[self.step.sampling])
-                self.tokens, self.logprobs, self.arrived = self.runner.sample(self.step, self.plain, self.asking)
+                self.tokens, self.logprobs, self.arrived = self.runner.sample(self.step, self.plain, self.asking, guided)
         self.runner.graphs.capture_missed()
 
     def result(self) -> StepResult:
@@ -200,12 +203,12 @@ class DeviceRunner:
         self.stage.kernels.put(token_ids, finite, wishes, self.stage.tokens, self.stage.chosen[: len(token_ids)])
 
     def sample(
-        self, step: RowStep, plain: bool, asking: Asking | None
+        self, step: RowStep, plain: bool, asking: Asking | None, guided: Guided | None
     ) -> tuple[npt.NDArray[np.int32], RowLogprobs | None, torch.cuda.Event | None]:
         """Launch the head; the tokens and the logprobs as they will stand on the host, and the event after which they do."""
         count, logprobs = len(step.sampling), None
-        if not plain:
-            found = self.tail(step, asking)
+        if guided is not None or not plain:
+            found = self.tail(step, asking, guided)
             logprobs = None if found is None else to_host(found)
         elif not self.graphs.run(HEAD, count):
             self.head(count)
@@ -217,14 +220,17 @@ class DeviceRunner:
         arrived.record()
         return host.numpy(), logprobs, arrived
 
-    def tail(self, step: RowStep, asking: Asking | None = None) -> RowLogprobs | None:
-        """In place of ``head``, for rows that ask for anything that the sampler knows, or for logprobs, which it gives."""
+    def tail(self, step: RowStep, asking: Asking | None = None, guided: Guided | None = None) -> RowLogprobs | None:
+        """In place of ``head``, for rows that ask for anything that the sampler knows, for logprobs, which it gives, or that
+        follow a grammar."""
         count = len(step.sampling)
         logits = self.decoder.head(self.stage.sampled[:count])  # [num_sampled, vocab] float32
         finite = self.ops.choose(logits)[1]
         logits.masked_fill_(~finite[:, None], 0.0)  # a sampler need not know what to do with NaN
         where = None if asking is None else to_device(asking.places, logits.device)
         raw = None if where is None else logits[where]
+        if guided is not None:
+            self.ops.rule_out(logits, *(to_device(page, logits.device) for page in guided))
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         token_ids = self.sampler.sample(logits, rows, positions, self.stage.tokens)
         self._put(token_ids, finite, self.stage.wishes[:count])

@@ -77,9 +77,9 @@ class Runs:
             self.heads.append((table, row, column))
             self.values.append(values)
 
-    def add_tokens(self, row: int, values: Sequence[int]) -> None:
-        """The tokens that a row begins with."""
-        self.add(TOKENS, row, 0, values)
+    def add_tokens(self, row: int, column: int, values: Sequence[int]) -> None:
+        """Tokens that a row is given."""
+        self.add(TOKENS, row, column, values)
 
     def add_blocks(self, row: int, column: int, values: Sequence[int]) -> None:
         """Blocks that a row is given."""

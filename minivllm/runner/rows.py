@@ -35,8 +35,8 @@ class RowStep:
 class Told(Protocol):
     """Who must hear of what rows are given, because the device keeps it."""
 
-    def add_tokens(self, row: int, values: Sequence[int]) -> None:
-        """The tokens that a row begins with."""
+    def add_tokens(self, row: int, column: int, values: Sequence[int]) -> None:
+        """Tokens that a row is given, from ``column`` of its sequence on."""
 
     def add_blocks(self, row: int, column: int, values: Sequence[int]) -> None:
         """Blocks that a row is given, from ``column`` of its table on."""
@@ -49,9 +49,9 @@ class TokenTable:
         # One column more than the context: at depth 1 a sequence that ends there may be given a surplus token.
         self.tokens: Tensor = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int32, device=device)
 
-    def add_tokens(self, row: int, values: Sequence[int]) -> None:
+    def add_tokens(self, row: int, column: int, values: Sequence[int]) -> None:
         """See ``Told``."""
-        self.tokens[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
+        self.tokens[row, column : column + len(values)] = torch.tensor(values, dtype=torch.int32)
 
     def add_blocks(self, row: int, column: int, values: Sequence[int]) -> None:
         """Nothing: backends that plan on the host read the tables of ``Rows``."""
@@ -92,17 +92,19 @@ class Rows:
         self.num_prompt[new.row] = new.num_prompt
         self.known[new.row] = num_tokens
         self.computed[new.row] = new.computed
-        self._told.add_tokens(new.row, new.token_ids)
+        self._told.add_tokens(new.row, 0, new.token_ids)
         self._add_blocks(new.row, new.block_ids)
 
     def begin(self, work: Sequence[RowWork]) -> RowStep:
-        """Take the blocks that a step's work brings, and check that all of it can be done. Raises ``PlanError``.
+        """Take the blocks and tokens that a step's work brings, and check that all of it can be done. Raises ``PlanError``.
 
         Checked as whole arrays: row by row this would cost more than the scheduler does.
         """
         for w in work:
             if w.new_block_ids:
                 self._add_blocks(w.row, w.new_block_ids)
+            if w.forced_ids:
+                self._add_forced(w.row, w.forced_ids)
         of_row = np.array([w.row for w in work], dtype=np.int64)
         lengths = np.array([w.num_tokens for w in work], dtype=np.int64)
         uids = np.array([w.uid for w in work], dtype=np.int64)
@@ -123,6 +125,14 @@ class Rows:
         """The step is launched: its tokens count as computed, and each row that samples gets one more."""
         self.computed[step.rows] = step.ends
         self.known[step.rows[step.sampling]] = step.ends[step.sampling] + 1
+
+    def _add_forced(self, row: int, token_ids: tuple[int, ...]) -> None:
+        """Tokens that follow the known ones, the one that a step in flight samples included."""
+        known = int(self.known[row])
+        if known + len(token_ids) > self.max_model_len:
+            raise PlanError(f"row {row} is given tokens up to {known + len(token_ids)}, beyond the context")
+        self._told.add_tokens(row, known, token_ids)
+        self.known[row] = known + len(token_ids)
 
     def _add_blocks(self, row: int, block_ids: tuple[tuple[int, ...], ...]) -> None:
         """Append blocks to the row's tables, per KV group; () brings none for any group."""

@@ -24,8 +24,10 @@ from minivllm.kernels.reference import RowLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.runner.batch import Sampled, build_batch, to_device
 from minivllm.runner.logprobs import Asking, LogprobRows, by_work, told
-from minivllm.runner.rows import PlanError, Rows, TokenTable
+from minivllm.runner.rows import Int64, PlanError, Rows, TokenTable
 from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
+
+Masks = npt.NDArray[np.int32]  # [grammar rows of a plan, words of 32 tokens]
 
 
 class AnyRunner(Protocol):
@@ -46,8 +48,8 @@ class AnyRunner(Protocol):
 class AnyPending(Protocol):
     """A launched step."""
 
-    def sample(self, masks: None = None) -> None:
-        """Run the head and choose tokens."""
+    def sample(self, masks: Masks | None = None) -> None:
+        """Run the head and choose tokens; ``masks`` [grammar rows, words of 32 tokens]: see ``reference.rule_out``."""
 
     def result(self) -> StepResult:
         """Wait for the tokens; row i of the result is the plan's work i."""
@@ -97,10 +99,9 @@ class Pending:
         self.done = False
 
     @torch.inference_mode()
-    def sample(self, masks: None = None) -> None:
-        """Run the head and choose tokens. ``masks`` is where grammar masks will arrive; there are none yet."""
-        if masks is not None:
-            raise PlanError("grammar masks are not built")
+    def sample(self, masks: Masks | None = None) -> None:
+        """Run the head and choose tokens. ``masks`` are those of the plan's grammar rows, computed while the body ran."""
+        guided = guided_places(self.plan, masks, None if self.sampled is None else self.sampled.rows)
         self.done = True
         if self.hidden is None or self.sampled is None:
             return
@@ -112,6 +113,8 @@ class Pending:
         self.asking = self.runner.logprob_rows.asking(chosen.rows)
         where = None if self.asking is None else to_device(self.asking.places, logits.device)
         raw = None if where is None else logits[where]
+        if masks is not None:
+            self.runner.ops.rule_out(logits, to_device(guided, logits.device), to_device(masks, logits.device))
         self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.table.tokens)
         if self.asking is not None and raw is not None and where is not None:
             self.logprobs = self.runner.ops.logprobs(raw, self.token_ids[where], self.asking.most)
@@ -172,6 +175,17 @@ class Runner:
         return False
 
 
+def guided_places(plan: StepPlan, masks: Masks | None, sampled: Int64 | None) -> Int64:
+    """Which of the rows ``sampled`` [num_sampled] the masks are of, in the plan's order. Raises ``PlanError``."""
+    rows = np.array(plan.grammar_rows, dtype=np.int64)
+    if len(rows) != (0 if masks is None else len(masks)):
+        raise PlanError(f"the plan has {len(rows)} grammar rows, but {0 if masks is None else len(masks)} masks came")
+    places = np.flatnonzero(np.isin(np.empty(0, dtype=np.int64) if sampled is None else sampled, rows))
+    if len(places) != len(rows):
+        raise PlanError("a grammar row of the plan does not sample in this step")
+    return places
+
+
 def copy_blocks(copies: Sequence[CopyBlock], caches: Sequence[KVLayer], ops: Ops, device: torch.device) -> None:
     """Copy whole blocks in every layer, all sources read before any is overwritten."""
     if not copies:
@@ -185,8 +199,6 @@ def copy_blocks(copies: Sequence[CopyBlock], caches: Sequence[KVLayer], ops: Ops
 
 def refuse_unbuilt(plan: StepPlan) -> None:
     """Raise ``PlanError`` for what the types can say and no runner here can do."""
-    if plan.grammar_rows:
-        raise PlanError("grammar rows are not built")
     for new in plan.new_rows:
         if new.lora_slot:
             raise PlanError("LoRA adapters are not built")

@@ -1,10 +1,10 @@
 """From logits to a token. The order of the features is the definition of what is sampled:
 
-    allowed_token_ids -> bad_words -> min_tokens -> logit_bias -> penalties -> (greedy rows: most likely token)
+    (grammar) -> allowed_token_ids -> bad_words -> min_tokens -> logit_bias -> penalties -> (greedy rows: most likely token)
                -> temperature -> min_p -> top_k -> top_p -> draw
 
-which is vLLM's order. Each filter sees what the ones before left: top_p adds up probabilities among the tokens that min_p and
-top_k kept.
+which is vLLM's order. What a grammar rules out is out of the logits before they come here. Each filter sees what the ones
+before left: top_p adds up probabilities among the tokens that min_p and top_k kept.
 
 A token is a function of (its row's logits, sampling parameters, known tokens, seed, sample_index, position) and of nothing
 else: not of the batch, the row's number, or what the neighbours ask for. Given the same logits a request so gets the same

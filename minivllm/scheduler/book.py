@@ -92,7 +92,7 @@ class Book:
         """Begin again with the tokens it has under a new uid, so that results still in flight are dropped."""
         self.leave(request)
         fresh = self.make(request.spec)
-        for name in ("claim", "token_ids", "cached", "failures", "scheduled_s", "first_token_s", "last_token_s"):
+        for name in ("claim", "token_ids", "guide", "cached", "failures", "scheduled_s", "first_token_s", "last_token_s"):
             setattr(fresh, name, getattr(request, name))
         fresh.num_preemptions = request.num_preemptions + 1
         self.enter(fresh)

@@ -17,6 +17,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int
     adds: int  # tokens that it may add: 0 for an unfinished chunk, more than 1 with drafts
     prefill: bool
+    forced: tuple[int, ...] = ()  # the first of what it adds: tokens that were certain when it was planned
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,22 @@ class StepDraft:
     new_rows: list[NewRow] = field(default_factory=list)
     copies: list[CopyBlock] = field(default_factory=list)
     published: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+    grammar_rows: list[int] = field(default_factory=list)
     waits: list[tuple[str, str]] = field(default_factory=list)
     rest_waits: str = ""
     preempted: bool = False
 
-    def add(self, request: Request, num_tokens: int, adds: int, new_blocks: BlockIds = ()) -> None:
-        """Give a row ``num_tokens`` of work, moving its ``scheduled`` and ``pending``."""
+    def add(
+        self, request: Request, num_tokens: int, adds: int, new_blocks: BlockIds = (), forced: tuple[int, ...] = ()
+    ) -> None:
+        """Give a row ``num_tokens`` of work, ``forced`` among them, moving its ``scheduled`` and ``pending``."""
         start = request.scheduled
         prefill = start < request.num_known_at_start
-        self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), WANT_SAMPLE if adds else 0))
-        self.entries.append(Entry(request, num_tokens, adds, prefill))
+        wants = WANT_SAMPLE if adds else 0
+        self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), wants, forced))
+        self.entries.append(Entry(request, num_tokens, adds, prefill, forced))
+        if adds and request.guide is not None:
+            self.grammar_rows.append(request.row)
         self.rows.append(RowRecord(request.spec.id, start, num_tokens, "prefill" if prefill else "decode"))
         self.budget -= num_tokens
         request.scheduled = start + num_tokens
@@ -63,7 +70,15 @@ class StepDraft:
 
     def finish(self, freed_rows: Sequence[int], shared: tuple[SharedPrefix, ...], now: float) -> Flight:
         """Freeze the step."""
-        plan = StepPlan(self.step, tuple(self.work), tuple(self.new_rows), tuple(freed_rows), tuple(self.copies), shared=shared)
+        plan = StepPlan(
+            self.step,
+            tuple(self.work),
+            tuple(self.new_rows),
+            tuple(freed_rows),
+            tuple(self.copies),
+            tuple(self.grammar_rows),
+            shared,
+        )
         return Flight(
             plan, tuple(self.entries), tuple(self.rows), tuple(self.published), tuple(self.waits), self.rest_waits, now
         )

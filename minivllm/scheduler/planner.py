@@ -47,20 +47,23 @@ class Planner:
             phase(draft)
 
     def _plan_decodes(self, draft: StepDraft) -> None:
-        """One token (and drafts) for every row whose prompt is done, strongest claim first."""
+        """One token (and drafts, and tokens that are certain) for every row whose prompt is done, strongest claim first."""
         step, drafts = draft.step, self._limits.num_draft_tokens
+        spare = draft.budget - len(self._book.running) * (1 + drafts)  # tokens left when every row has its own
         for r in list(self._book.running):
             if r.row == NO_ROW or r.scheduled < r.num_known_at_start or r.planned_in == step:
                 continue
             left = r.token_limit - len(r.token_ids) - r.pending  # 0: steps in flight bring it to its end
-            count = min(1 + drafts, left)
+            forced = r.forced(min(left - 1, spare)) if r.guide is not None else ()
+            spare -= len(forced)
+            count = 1 + len(forced) if forced else min(1 + drafts, left)
             if count > draft.budget:
                 return
             blocks: BlockIds | None = ()
             if count and r.scheduled + count > r.room:
                 blocks = self._make_room(r, r.scheduled + count, draft)
             if count and blocks is not None:
-                draft.add(r, count, count, blocks)
+                draft.add(r, count, count, blocks, forced)
 
     def _make_room(self, request: Request, num_tokens: int, draft: StepDraft) -> BlockIds | None:
         """Blocks for ``num_tokens`` tokens of a running request, preempting others with less claim; None when it is itself
@@ -94,7 +97,12 @@ class Planner:
         """As much of the known tokens as fits into the step. Full blocks become findable with the plan that fills them."""
         left = request.num_known_at_start - request.scheduled
         count = min(left, draft.budget)
-        draft.add(request, count, 1 if count == left else 0)
+        if count < left:
+            draft.add(request, count, 0)
+        else:
+            most = min(draft.budget - count, request.room - request.num_known_at_start)
+            forced = request.forced(min(most, request.token_limit - len(request.token_ids) - 1))
+            draft.add(request, count + len(forced), 1 + len(forced), (), forced)
         published = self._kv.publish(request.uid, request.token_ids, request.scheduled)
         draft.published.extend((request.uid, block) for block in published)
 

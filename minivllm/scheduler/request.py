@@ -6,7 +6,7 @@ ahead: ``scheduled`` counts tokens in plans already made, ``pending`` the tokens
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from minivllm.types import GenerateRequest
 
@@ -26,11 +26,29 @@ class RequestView(Protocol):
     def num_output(self) -> int: ...
 
 
+Took = Literal["more", "complete", "refused"]
+
+
+class Guide(Protocol):
+    """Follows a text by its grammar, and knows nothing of requests. Advanced by the ``Scheduler`` with every token it keeps."""
+
+    @property
+    def ahead(self) -> Sequence[int]:
+        """Tokens that come next for certain, so that no step has to sample them; may be empty."""
+
+    @property
+    def problem(self) -> str:
+        """Why a token was refused, for the client's eyes."""
+
+    def take(self, token_id: int) -> Took:
+        """The text goes on with this token. "complete": nothing may follow it; "refused": it should not have come."""
+
+
 class Request:
     """State of one request. Written by the ``Scheduler`` alone; policies read it through ``RequestView``."""
 
     __slots__ = (
-        "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "in_flight",
+        "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "guide", "in_flight",
         "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
         "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
     )  # fmt: skip
@@ -59,6 +77,7 @@ class Request:
         self.overtaken = 0  # later requests admitted while it waited for blocks
         self.blocked_at = -1  # blocks that were available when it last did not fit
         self.fork_of: int | None = None
+        self.guide: Guide | None = None  # None: any text
         self.arrival_s = spec.arrival_s
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
@@ -68,6 +87,12 @@ class Request:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt
+
+    def forced(self, most: int) -> tuple[int, ...]:
+        """Of the tokens that come for certain, those behind what steps in flight will bring, at most ``most``."""
+        if self.guide is None or most <= 0:
+            return ()
+        return tuple(self.guide.ahead[self.pending : self.pending + most])
 
     @property
     def running(self) -> bool:

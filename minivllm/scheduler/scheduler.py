@@ -11,6 +11,7 @@ request.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from minivllm.errors import ContextTooLong, InvalidRequest
 from minivllm.kv.allocator import Allocator
@@ -18,7 +19,7 @@ from minivllm.scheduler.book import Book, Limits
 from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.planner import Planner
-from minivllm.scheduler.request import Request
+from minivllm.scheduler.request import Guide, Request
 from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
     EngineOutput,
@@ -33,6 +34,18 @@ from minivllm.types import (
 )
 
 MAX_FAILURES = 2  # failed steps in a row after which a request is ended with an error
+
+
+class _Ending(NamedTuple):
+    """Whether a token ended its request, and how."""
+
+    reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token that was asked for
+    error: str | None = None
+    complete: bool = False  # by the grammar
+
+
+_GOES_ON = _Ending()
 
 
 class Scheduler:
@@ -65,13 +78,15 @@ class Scheduler:
         """True while any request is not finished or any result is due."""
         return bool(self._book.live or self._flights)
 
-    def add(self, spec: GenerateRequest) -> None:
-        """Queue a request. Raises ``ContextTooLong`` or ``InvalidRequest`` for one that could never run."""
+    def add(self, spec: GenerateRequest, guide: Guide | None = None) -> None:
+        """Queue a request; ``guide`` follows its text, and has seen its prior output. Raises ``ContextTooLong`` or
+        ``InvalidRequest`` for one that could never run."""
         if spec.id in self._book.by_id:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
         if spec.lora is not None or spec.output != "text" or spec.deadline_s is not None:
             raise InvalidRequest("Adapters, pooled outputs and deadlines are not served yet; leave them out.")
         request = self._book.make(spec)
+        request.guide = guide
         longest = min(self.limits.max_model_len, self._kv.capacity_tokens)
         if request.num_prompt >= longest or request.token_limit > longest:
             raise ContextTooLong(longest, request.num_prompt, request.token_limit - request.num_prompt)
@@ -103,6 +118,18 @@ class Scheduler:
         self._step += 1
         return flight.plan
 
+    def guides(self, plan: StepPlan) -> list[tuple[Guide, int] | None]:
+        """For each of the newest plan's ``grammar_rows``: who follows its text, and how many certain tokens stand between the
+        known ones and the one to be sampled. None: it ended. The results of all older plans must have been applied."""
+        if not self._flights or self._flights[0].plan is not plan:
+            raise ValueError(f"step {plan.step} is not the only one in flight")
+        guided = [e for e in self._flights[0].entries if e.adds and e.request.guide is not None]
+        live = self._book.live
+        return [
+            (e.request.guide, len(e.forced)) if e.request.guide is not None and live.get(e.request.uid) is e.request else None
+            for e in guided
+        ]
+
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> EngineOutput:
         """Take the oldest plan's result: append tokens, end requests, free what they held. Raises ValueError when the
         result is not of the oldest plan in flight."""
@@ -128,38 +155,52 @@ class Scheduler:
         request.pending -= entry.adds
         request.failures = 0
         if entry.prefill:
-            self._ledger.num_prompt_tokens += entry.num_tokens
+            self._ledger.num_prompt_tokens += entry.num_tokens - len(entry.forced)
         if request.running:
-            rejected = entry.adds - len(tokens)  # drafts that were not accepted: their K/V is not of the text
+            # Drafts that were not accepted: their K/V is not of the text.
+            rejected = entry.adds - len(entry.forced) - len(tokens)
             request.scheduled -= rejected
             request.computed += entry.num_tokens - rejected
         if not tokens:
             return
         known = request.token_ids
-        reason, stop_reason, kept = None, None, 1
-        if len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit:
+        end = _GOES_ON
+        if request.guide is None and (
+            len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit
+        ):
             known.append(tokens[0])  # what nearly every row of nearly every step does
         else:
-            reason, stop_reason, kept = self._append(request, tokens)
-            tokens = tokens[:kept]
-        self._ledger.tokens(request, kept, now)
+            end, kept = self._append(request, (*entry.forced, *tokens))
+            tokens = (*entry.forced, *tokens)[:kept]
+            logprobs = logprobs[:kept]
+        self._ledger.tokens(request, len(tokens), now)
         cached = request.cached or 0
-        events.append(TokenEvent(request.spec.id, tuple(tokens), reason, stop_reason, cached, None, logprobs))
+        events.append(
+            TokenEvent(
+                request.spec.id, tuple(tokens), end.reason, end.stop_reason, cached, end.error, logprobs, end.complete
+            )
+        )
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
-        if reason is not None:
-            self._end(request, reason, now)
+        if end.reason is not None:
+            self._end(request, end.reason, now)
 
-    def _append(self, request: Request, tokens: Sequence[int]) -> tuple[FinishReason | None, int | None, int]:
-        """Add tokens until one ends the request: (why it ended, the stop token asked for, tokens added)."""
-        known, stop_ids, limit = request.token_ids, request.stop_ids, request.token_limit
+    def _append(self, request: Request, tokens: Sequence[int]) -> tuple["_Ending", int]:
+        """Add tokens until one ends the request: why it ended, and how many were added."""
+        known, stop_ids, limit, guide = request.token_ids, request.stop_ids, request.token_limit, request.guide
         for kept, token in enumerate(tokens, start=1):
             known.append(token)
             if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
-                return "stop", token if token in request.spec.sampling.stop_token_ids else None, kept
+                return _Ending("stop", token if token in request.spec.sampling.stop_token_ids else None), kept
+            took = "more" if guide is None else guide.take(token)
+            if guide is not None and took == "refused":
+                known.pop()
+                return _Ending("error", error=guide.problem), kept - 1
+            if took == "complete":
+                return _Ending("stop", complete=True), kept
             if len(known) >= limit:
-                return "length", None, kept
-        return None, None, len(tokens)
+                return _Ending("length"), kept
+        return _GOES_ON, len(tokens)
 
     def _end(self, request: Request, reason: FinishReason, now: float) -> None:
         self._ledger.end(request, reason, now)

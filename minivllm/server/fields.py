@@ -27,8 +27,6 @@ NOT_SERVED: Values = MappingProxyType(
         "prompt_logprobs": (),
         "echo": (False,),
         "suffix": ("",),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
         "thinking_token_budget": (),
         "repetition_detection": (),
         "spaces_between_special_tokens": (True,),

@@ -13,6 +13,7 @@ import msgspec
 
 from minivllm.errors import InvalidRequest, MalformedBody, UnsupportedField
 from minivllm.server.fields import HARMLESS, MESSAGE_NOT_SERVED, NATIVE_NOT_SERVED, NOT_SERVED, Form, check_not_served
+from minivllm.server.structured import ResponseFormat, StructuredOutputs
 from minivllm.types import SETTLED, SamplingParams
 
 MAX_STOPS = 64  # each is searched for at every token
@@ -67,6 +68,8 @@ class OpenAIFields(SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None  # of a longer prompt so many are kept; -1: as many as the context has room for
     truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in logprobs
 
@@ -127,7 +130,8 @@ FORMS: tuple[Form[Any], ...] = (GENERATE, COMPLETION, CHAT, TOKENIZE, DETOKENIZE
 
 def sampling_of(body: SamplingFields, **defaults: Any) -> SamplingParams:
     """The request's sampling; ``defaults`` stand where it gives none. Raises ``InvalidRequest``."""
-    served = (f for f in SamplingParams.__struct_fields__ if f not in SETTLED and f != "logprobs")  # a route says how many
+    by_route = ("logprobs", "grammar")
+    served = (f for f in SamplingParams.__struct_fields__ if f not in SETTLED and f not in by_route)
     given = {f: value for f in served if (value := getattr(body, f, None)) is not None}
     stop = given.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

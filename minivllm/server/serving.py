@@ -18,7 +18,7 @@ from minivllm.config import Config
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
 from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
-from minivllm.types import RequestOutput, SamplingParams
+from minivllm.types import Grammar, RequestOutput, SamplingParams
 
 F = TypeVar("F", bound=msgspec.Struct)
 LONG_TEXT_CHARS = 20_000  # longer texts are tokenized in a thread: some 5 ms of everybody's event loop otherwise
@@ -47,6 +47,11 @@ class Serving:
         if len(text) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
         return tokenizer.encode(text, add_special_tokens)
+
+    async def check_grammar(self, grammar: Grammar | None) -> None:
+        """See whether the engine will be able to follow it, beside the event loop. Raises ``InvalidRequest``."""
+        if grammar is not None:
+            await asyncio.to_thread(self.llm.check_grammar, grammar)
 
     def room_for(self, wanted: int, num_prompt: int) -> int:
         """A route's default of output tokens, cut to what the context has left; 1 where nothing is left, which is refused."""

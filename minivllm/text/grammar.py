@@ -1,14 +1,15 @@
-"""Grammars: what clients may ask a text to be, and what checks and follows it.
+"""Grammars: what clients may ask a text to be, and what follows it.
 
-A request names a JSON Schema, a regular expression, a list of choices or a grammar; all of them become a ``types.Grammar``, and
-llguidance makes a *matcher* of that: a lexer and an Earley parser over the vocabulary's bytes that says, after each token, which
-tokens may come next (as a bit mask) and which must. Why llguidance: docs/architecture.md, "Dependencies".
+A request names a JSON Schema, a regular expression, a list of choices or a grammar; all of them become a ``types.Grammar``, of
+which llguidance makes a *matcher*: a lexer and an Earley parser over the bytes of the vocabulary. It says, after each token,
+which tokens may come next (a bit mask) and which must. Why llguidance: docs/architecture.md, "Dependencies".
 
 A stranger wrote the grammar, so everything about it is bounded (``LIMITS``): how large it may be, how much work one mask may
 take, how many states its lexer may have. Beyond a bound the matcher says that it failed; it raises nothing and never hangs.
 
-Between the parts of JSON text there may be whitespace, but at most ``MOST_WHITESPACE`` characters in a place: a model that
-falls into writing spaces without end would otherwise fill its whole output with them, and still be within the grammar.
+Between the parts of JSON text there may be a space, or a line break and the next line's indentation, as every writer of JSON
+puts them. Any amount of whitespace would be valid too, but a model that falls into writing spaces could then fill its whole
+output with them without ever leaving the grammar; several engines of this field have that fault.
 """
 
 import json
@@ -22,7 +23,7 @@ from minivllm.errors import InvalidRequest
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import Grammar
 
-MOST_WHITESPACE: Final = 64  # room for a line break and the indentation of deeply nested JSON
+WHITESPACE: Final = r"(\x20|\r?\n[\x20\t]{0,32})?"
 MAX_CHOICES: Final = 1024
 LIMITS: Final = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # about 20 ms
@@ -84,8 +85,7 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
     if grammar.compact:
         return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
-    pattern = f"[\\x20\\x0A\\x0D\\x09]{{0,{MOST_WHITESPACE}}}"
-    return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": pattern})
+    return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": WHITESPACE})
 
 
 def _refused(reason: str) -> InvalidRequest:

@@ -111,7 +111,7 @@ def _advance_with_care(state: _Open, event: TokenEvent) -> RequestOutput:
     state.num_cached = max(state.num_cached, event.num_cached)
     finish_reason, stop_reason = event.finish_reason, event.stop_reason
     # The token that ended it (eos or a stop token) counts as output, but its text is shown only on request.
-    hides_last = finish_reason == "stop" and not state.sampling.include_stop_str_in_output
+    hides_last = finish_reason == "stop" and not event.complete and not state.sampling.include_stop_str_in_output
     num_shown = len(event.token_ids) - hides_last
     text: list[str] = []
     taken = 0

@@ -20,7 +20,7 @@ from minivllm.cli.options import (
 )
 from minivllm.config import Config, make_config, options
 from minivllm.errors import InvalidOption
-from minivllm.types import SETTLED, SamplingParams
+from minivllm.types import SETTLED, Grammar, SamplingParams
 
 
 @pytest.fixture
@@ -187,13 +187,17 @@ def test_sampling_options_reflect_every_field() -> None:
     parser = Parser("generate", "Generate.")
     add_sampling(parser)
     words = "--stop a b --stop-token-ids 1 2 --ignore-eos --top_p 0.5 --logit-bias 4=-100 7=1.5 --bad-words x"
-    words += " --allowed-token-ids 3"
+    words += " --allowed-token-ids 3 --grammar regex:a:b+"
     given = read_sampling(parser.read(words.split()))
     assert given == {
         "stop": ("a", "b"), "stop_token_ids": (1, 2), "ignore_eos": True, "top_p": 0.5, "logit_bias": ((4, -100.0), (7, 1.5)),
-        "bad_words": ("x",), "allowed_token_ids": (3,),
+        "bad_words": ("x",), "allowed_token_ids": (3,), "grammar": Grammar("regex", "a:b+"),
     }  # fmt: skip
-    assert as_json(given) == {**given, "logit_bias": {"4": -100.0, "7": 1.5}} and as_json({"n": 2}) == {"n": 2}
+    asked = {name: value for name, value in given.items() if name != "grammar"}
+    told = {"logit_bias": {"4": -100.0, "7": 1.5}, "structured_outputs": {"regex": "a:b+"}}
+    assert as_json(given) == {**asked, **told} and as_json({"n": 2}) == {"n": 2}
+    with pytest.raises(InvalidOption, match="a kind"):
+        parser.read(["--grammar", "xml:a"])
     with pytest.raises(InvalidOption, match="as in 42=-100"):
         parser.read(["--logit-bias", "4:1"])
     SamplingParams(**given)

@@ -168,7 +168,6 @@ WORK = RowWork(1, 0, 3, (), (), WANT_SAMPLE)
         (StepPlan(1, (RowWork(1, 0, 3, (), (), WANT_PROMPT_LOGPROBS),), (new_row(),)), "prompt logprobs"),
         (StepPlan(1, (RowWork(1, 0, 3, (), (), WANT_POOL),), (new_row(),)), "pooling"),
         (StepPlan(1, (WORK,), (new_row(lora_slot=1),)), "LoRA"),
-        (StepPlan(1, (WORK,), (new_row(),), grammar_rows=(0,)), "grammar"),
         (StepPlan(1, (WORK,), (new_row(),), copies=(CopyBlock(1, 2, 1),)), "one KV group"),
         (StepPlan(1, (WORK,)), "belongs to -1, not to 1"),
         (StepPlan(1, (RowWork(2, 0, 3),), (new_row(),)), "belongs to 1, not to 2"),

@@ -179,9 +179,8 @@ def test_content_type(http: httpx.Client, path: str, kind: str | None) -> None:
 CHANGING = {
     "best_of": 2, "use_beam_search": True, "length_penalty": 0.5,
     "prompt_logprobs": 1, "echo": True, "suffix": "x",
-    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "thinking_token_budget": 5,
+    "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "prompt_embeds": "x",
-
     "return_token_offsets": True, "return_prompt_text": True, "request_id": "x", "kv_transfer_params": {"a": 1},
     "vllm_xargs": {"a": 1}, "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{"name": "x"}],
     "function_call": "auto", "reasoning_effort": "high", "include_reasoning": False, "verbosity": "low",

@@ -29,6 +29,7 @@ from minivllm.server.replies import (
 )
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
+from minivllm.server.structured import grammar_of
 from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
@@ -55,7 +56,9 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
     """What is to be generated as answers: n of them."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
-    sampling = sampling_of(body, **s.sampling_defaults, logprobs=chat_logprobs_of(body))
+    grammar = grammar_of(body.response_format, body.structured_outputs)
+    sampling = sampling_of(body, **s.sampling_defaults, logprobs=chat_logprobs_of(body), grammar=grammar)
+    await s.check_grammar(grammar)
     goes_on = bool(body.continue_final_message)
     text = s.llm.tokenizer.render_chat(
         messages_of(body.messages),

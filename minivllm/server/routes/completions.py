@@ -16,6 +16,7 @@ from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, pr
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
+from minivllm.server.structured import grammar_of
 from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
@@ -56,13 +57,15 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     prompts = prompts_of(body.prompt)
     if len(prompts) * max(body.n or 1, 1) > MAX_PROMPTS:
         raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, n texts of one counted as n.", "prompt")
-    special = body.add_special_tokens is not False
+    special, grammar = body.add_special_tokens is not False, grammar_of(body.response_format, body.structured_outputs)
+    await s.check_grammar(grammar)
     orders: list[Order] = []
     for i, prompt in enumerate(prompts):
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
         ids = truncated(ids, body, s.llm.info.max_model_len)
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
-        sampling = sampling_of(body, **s.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs_of(body.logprobs))
+        wanted = {"max_tokens": max_tokens, "logprobs": logprobs_of(body.logprobs), "grammar": grammar}
+        sampling = sampling_of(body, **s.sampling_defaults, **wanted)
         orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
     return orders
 

@@ -52,7 +52,7 @@ def test_scatter(kernels: Any, triton_device: torch.device) -> None:
 
     runs, offset = Runs(), 5
     prompt = [random.Random(1).randrange(5000) for _ in range(2500)]
-    runs.add_tokens(3, prompt)
+    runs.add_tokens(3, 0, prompt)
     runs.add_blocks(3, 0, (9, 8, 7))
     runs.add_blocks(11, 40, (6,))
     runs.add_blocks(2, 1, ())  # nothing
