@@ -7,11 +7,11 @@ Whitespace that touches a good call is the format's (the line break between two 
 belongs to nobody; so whitespace at the end of content waits until it is known what follows. All other text comes out.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from minivllm.text.reply import Piece
-from minivllm.text.tools.marks import WHITESPACE
+from minivllm.text.tools.marks import WHITESPACE, held
 
 
 class CallLog:
@@ -45,7 +45,7 @@ class CallLog:
     def arguments(self, text: str) -> None:
         """Text of a call's arguments was read."""
         self.text(text)
-        if self._number is not None:
+        if self._number is not None and text:
             self._pieces.append(Piece("arguments", text, self._number))
         elif self._early is not None:
             self._early.append(text)
@@ -104,6 +104,14 @@ class CallLog:
             self._pieces.append(Piece("void", call=self._number))
         self._close()
         self._content(raw)
+
+    def take_back(self, marks: Sequence[str]) -> str:
+        """Take from the text of the open call the end that may be the beginning of a mark."""
+        raw = "".join(self._raw or ())
+        kept = len(raw) - held(raw, marks)
+        if kept < len(raw):
+            self._raw = [raw[:kept]]
+        return raw[kept:]
 
     def settle_mark(self) -> None:
         """What was opened is a mark of the format that may stand behind a good call; elsewhere it is content."""

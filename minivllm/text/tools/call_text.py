@@ -31,6 +31,7 @@ class CallText:
         self._text = ""
         self._at = 0  # what lies before has been taken
         self._ended = False
+        self._marks: tuple[str, ...] = ()  # that calls begin with
 
     def feed(self, text: str, steps: Iterator[None]) -> Sequence[Piece]:
         """Take the next part of the text and let the parser go on with it."""
@@ -55,6 +56,7 @@ class CallText:
     def until(self, *marks: str) -> Steps[str]:
         """Take content up to the first of the marks, then open a call and take the mark; which it was, "" at the end of the
         text."""
+        self._marks = marks
         while True:
             at, mark = find_mark(self._text, marks, self._at)
             if mark:
@@ -105,6 +107,14 @@ class CallText:
             if self._ended or not any(len(i) > left and i.startswith(self._text[self._at :]) for i in literals):
                 return ""
             yield
+
+    def settle(self, good: bool) -> bool:
+        """The open call has ended, well or not; True if it is a call. One that has broken off may have done so in the middle of
+        the next one's mark, as "[" begins JSON too: that much is looked at again."""
+        if not good and (again := self.log.take_back(self._marks)):
+            self._text = again + self._text[self._at :]
+            self._at = 0
+        return self.log.settle(good)
 
     def skip(self, mark: str) -> Steps[bool]:
         """Take a mark of the format that comes next, maybe behind whitespace; behind a good call it is not content."""

@@ -79,7 +79,7 @@ def _read(text: CallText) -> Steps[None]:
             yield from text.space()
             mark = yield from text.take(_BEGIN)
         good = mark != "" and (yield from _call(text))
-        if text.log.settle(good):
+        if text.settle(good):
             yield from text.skip(_ALL_END)
 
 

@@ -57,4 +57,4 @@ def _read(text: CallText) -> Steps[None]:
         if good:
             yield from text.space()
             good = (yield from text.take(_END)) != ""
-        text.log.settle(good)
+        text.settle(good)

@@ -57,7 +57,7 @@ def _read(text: CallText) -> Steps[None]:
         return
     while True:
         good = yield from json_call(text)
-        if text.log.settle(good) and (yield from text.skip(_SEPARATOR)):
+        if text.settle(good) and (yield from text.skip(_SEPARATOR)):
             yield from text.space()
             text.log.begin()
             yield from text.take(_TAG)

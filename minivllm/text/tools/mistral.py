@@ -65,7 +65,7 @@ def _read(text: CallText) -> Steps[None]:
         if (yield from text.take("[")):
             yield from _list(text)
         else:
-            text.log.settle((yield from _named(text)))
+            text.settle((yield from _named(text)))
 
 
 def _list(text: CallText) -> Steps[None]:
@@ -73,7 +73,7 @@ def _list(text: CallText) -> Steps[None]:
     while True:
         yield from text.space()
         good = yield from json_call(text)
-        text.log.settle(good)
+        text.settle(good)
         if not good:
             return
         if not (yield from text.skip(",")):
