@@ -80,11 +80,23 @@ def check(parser: type[ToolParser], transcript: Transcript) -> None:
 def soup(parser: type[ToolParser], calls: Sequence[str]) -> st.SearchStrategy[str]:
     """Texts out of marks, parts of marks, calls, parts of calls, brackets, names and anything."""
     names = [function.name for function in FUNCTIONS]
-    fragments = [*parser.MARKS, *calls, *names, *'{}[]",:;\\ \n', '"name": ', '"arguments": ', '"parameters": ', "{}", "```json\n"]
-    whole = st.sampled_from(fragments)
-    cut = st.tuples(st.sampled_from([*parser.MARKS, *calls]), st.integers(0, 60), st.integers(0, 60))
-    part = cut.map(lambda c: c[0][c[1] : c[1] + c[2]])
-    return st.lists(st.one_of(whole, whole, part, st.text(max_size=4)), max_size=12).map("".join)
+    fragments = [
+        *parser.MARKS,
+        *calls,
+        *names,
+        *'{}[]",:;\\ \n',
+        '"name": ',
+        '"arguments": ',
+        '"parameters": ',
+        "{}",
+        "```json\n",
+    ]
+    known = st.sampled_from([*parser.MARKS, *calls])
+    beginning = st.tuples(known, st.integers(1, 80)).map(lambda c: c[0][: c[1]])
+    end = st.tuples(known, st.integers(1, 80)).map(lambda c: c[0][c[1] :])
+    anything = st.text(max_size=4)
+    parts = st.one_of(st.sampled_from(calls), st.sampled_from(fragments), beginning, end, anything)
+    return st.lists(parts, max_size=12).map("".join)
 
 
 def check_any(parser: type[ToolParser], text: str) -> None:
@@ -98,7 +110,9 @@ def check_any(parser: type[ToolParser], text: str) -> None:
         assert isinstance(json.loads(call.arguments), dict)
         assert call.arguments == "{}" or call.arguments in text
     voided = {piece.call for piece in pieces if piece.kind == "void"}
-    said = [p.text for p in pieces if p.kind == "content" or (p.kind == "arguments" and p.call not in voided and p.text != "{}")]
+    said = [
+        p.text for p in pieces if p.kind == "content" or (p.kind == "arguments" and p.call not in voided and p.text != "{}")
+    ]
     rest = iter(text)
     assert all(char in rest for char in "".join(said))  # in the order of the text, and nothing twice
 
@@ -124,6 +138,12 @@ class Sampler:
         self._eos = eos
         self._words = vocabulary(self._tokenizer, self._tokenizer.vocab_size, [eos])
 
+    def allows(self, source: str, text: str) -> bool:
+        """True if the text is one of those that the grammar allows."""
+        state = matcher(Grammar("lark", source), self._words)
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return state.try_consume_tokens(ids) == len(ids) and state.is_accepting()
+
     def draw(self, source: str, seed: int, limit: int = 3000) -> str:
         """One text. It ends half of the times that it may."""
         rng = random.Random(seed)
@@ -141,8 +161,18 @@ class Sampler:
         raise AssertionError(f"no end within {limit} tokens")
 
 
+def check_allowed(
+    parser: type[ToolParser], sampler: Sampler, one: Sequence[str], several: Sequence[str], no: Sequence[str]
+) -> None:
+    """A grammar for one call and one for several allow what they should: the texts of ``one`` call, of ``several``, of ``no``."""
+    for parallel in (False, True):
+        source = parser.grammar(FUNCTIONS, parallel, json.dumps)
+        for texts, expected in ((one, True), (several, parallel), (no, False)):
+            assert {text: sampler.allows(source, text) for text in texts} == dict.fromkeys(texts, expected)
+
+
 def check_grammar(parser: type[ToolParser], sampler: Sampler, draws: int = 12) -> None:
-    """Whatever a parser's grammar allows is calls of the functions, with arguments as their schemas want them, and no content."""
+    """What a parser's grammar allows is calls of the functions, with arguments as their schemas want them, and no content."""
     several = 0
     for seed in range(draws):
         for parallel in (False, True):

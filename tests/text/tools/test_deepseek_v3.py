@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from transcripts import FUNCTIONS, Sampler, Transcript, check, check_any, check_grammar, check_stays_small, soup
+from transcripts import FUNCTIONS, Sampler, Transcript, check, check_allowed, check_any, check_grammar, check_stays_small, soup
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.deepseek_v3 import DeepSeekV3
@@ -36,9 +36,13 @@ TRANSCRIPTS = {
     "newer": Transcript(ALL + plain() + plain("get", "{}") + END, "", (("get_weather", PARIS), ("get", "{}"))),
     "both": Transcript(ALL + plain() + fenced("get", "{}") + END, "", (("get_weather", PARIS), ("get", "{}"))),
     "whitespace": Transcript(
-        f"{ALL}\n<｜tool▁call▁begin｜> function<｜tool▁sep｜> get\n\n```json {PARIS} ``` <｜tool▁call▁end｜>\n{END}\n", "", (("get", PARIS),)
+        f"{ALL}\n<｜tool▁call▁begin｜> function<｜tool▁sep｜> get\n\n```json {PARIS} ``` <｜tool▁call▁end｜>\n{END}\n",
+        "",
+        (("get", PARIS),),
     ),
-    "JSON over several lines": Transcript(ALL + fenced("get", '{\n  "a": [\n 1]\n}') + END, "", (("get", '{\n  "a": [\n 1]\n}'),)),
+    "JSON over several lines": Transcript(
+        ALL + fenced("get", '{\n  "a": [\n 1]\n}') + END, "", (("get", '{\n  "a": [\n 1]\n}'),)
+    ),
     "no outer marks": Transcript("So " + fenced() + plain("get", "{}"), "So", (("get_weather", PARIS), ("get", "{}"))),
     "outer marks each": Transcript((ALL + fenced() + END) * 2, "", (("get_weather", PARIS),) * 2),
     "a function of the type's name": Transcript(
@@ -55,10 +59,16 @@ TRANSCRIPTS = {
     "a call cut off by the next": Transcript(
         ALL + plain("get", "{}")[:-5] + plain(), ALL + plain("get", "{}")[:-5], (("get_weather", PARIS),)
     ),
-    "the fence does not end": Transcript(ALL + fenced().replace("\n```<", "<") + END, ALL + fenced().replace("\n```<", "<") + END),
-    "the fence does not begin": Transcript(ALL + fenced().replace("```json", "") + END, ALL + fenced().replace("```json", "") + END),
+    "the fence does not end": Transcript(
+        ALL + fenced().replace("\n```<", "<") + END, ALL + fenced().replace("\n```<", "<") + END
+    ),
+    "the fence does not begin": Transcript(
+        ALL + fenced().replace("```json", "") + END, ALL + fenced().replace("```json", "") + END
+    ),
     "something behind the JSON": Transcript(ALL + plain("get", "{}{}") + END, ALL + plain("get", "{}{}") + END),
-    "unknown function": Transcript(ALL + fenced("got") + "\n" + fenced("get", "{}") + END, ALL + fenced("got"), (("get", "{}"),)),
+    "unknown function": Transcript(
+        ALL + fenced("got") + "\n" + fenced("get", "{}") + END, ALL + fenced("got"), (("get", "{}"),)
+    ),
     "a longer name": Transcript(plain("get_", "{}"), plain("get_", "{}")),
     "some other type": Transcript(fenced().replace("function", "tool"), fenced().replace("function", "tool")),
     "no arguments": Transcript(plain("get", ""), plain("get", "")),
@@ -70,7 +80,7 @@ TRANSCRIPTS = {
     "cut off in the outer end mark": Transcript(ALL + plain() + END[:-1], END[:-1], (("get_weather", PARIS),)),
     "cut off in the begin mark": Transcript("a " + ALL[:-1], "a " + ALL[:-1]),
     "cut off in the name": Transcript(ALL + fenced()[:40], ALL + fenced()[:40]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
@@ -121,3 +131,18 @@ def test_a_long_text_costs_its_length(text: str) -> None:
 
 def test_what_the_grammar_allows_is_calls(bundled_model: Path) -> None:
     check_grammar(DeepSeekV3, Sampler(bundled_model))
+
+
+def test_the_grammar_allows_what_templates_write(bundled_model: Path) -> None:
+    one = [ALL + fenced() + END, ALL + plain() + END, ALL + fenced("function", "{}") + END, ALL + plain("function", "{}") + END]
+    several = [ALL + fenced() + "\n" + fenced("get", "{}") + END, ALL + plain() + plain("get", "{}") + END]
+    no = [
+        "",
+        "Hi",
+        ALL + END,
+        fenced(),
+        ALL + fenced("got", "{}") + END,
+        ALL + plain("get_weather", "{}") + END,
+        ALL + plain() + fenced() + END,
+    ]
+    check_allowed(DeepSeekV3, Sampler(bundled_model), one, several, no)

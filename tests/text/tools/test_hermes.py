@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from transcripts import FUNCTIONS, Sampler, Transcript, check, check_any, check_grammar, check_stays_small, read, soup
+from transcripts import (
+    FUNCTIONS,
+    Sampler,
+    Transcript,
+    check,
+    check_allowed,
+    check_any,
+    check_grammar,
+    check_stays_small,
+    read,
+    soup,
+)
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.hermes import Hermes
@@ -17,7 +28,7 @@ def call(name: str = "get_weather", arguments: str = PARIS) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-HARD = r'{"city": "</tool_call> <tool_call>{\"name\": \"get\"} }]", "unit": "\u00e9\ud83d\ude00\\\"", "days": [1, -2.5e3, {"a": [[]]}, null]}'
+HARD = r'{"city": "</tool_call> <tool_call>{\"name\": \"get\"} }]", "unit": "\u00e9\ud83d\ude00\\\"", "days": [-2.5e3, [[]]]}'
 EMOJI = '{"city": "Zürich 🇨🇭👩‍🚀", "unit": "摄氏"}'
 
 TRANSCRIPTS = {
@@ -25,7 +36,9 @@ TRANSCRIPTS = {
     "plain": Transcript("Hello < world >\n", "Hello < world >\n"),
     "one call": Transcript(call(), "", (("get_weather", PARIS),)),
     "two calls": Transcript(call() + "\n" + call("get", "{}") + "\n", "", (("get_weather", PARIS), ("get", "{}"))),
-    "text around": Transcript("  Let me see.\n\n" + call() + "\n\n Done. \n", "  Let me see.Done. \n", (("get_weather", PARIS),)),
+    "text around": Transcript(
+        "  Let me see.\n\n" + call() + "\n\n Done. \n", "  Let me see.Done. \n", (("get_weather", PARIS),)
+    ),
     "no whitespace": Transcript(
         '<tool_call>{"name":"get","arguments":{}}</tool_call><tool_call>{"name":"get","arguments":{ }}</tool_call>',
         "",
@@ -36,7 +49,9 @@ TRANSCRIPTS = {
     ),
     "marks and escapes in strings": Transcript(call(arguments=HARD), "", (("get_weather", HARD),)),
     "unicode": Transcript(call(arguments=EMOJI), "", (("get_weather", EMOJI),)),
-    "escaped name": Transcript(call("m\\u00e9t\\u00e9o-2", "{}") + call("météo-2", "{}"), "", (("météo-2", "{}"), ("météo-2", "{}"))),
+    "escaped name": Transcript(
+        call("m\\u00e9t\\u00e9o-2", "{}") + call("météo-2", "{}"), "", (("météo-2", "{}"), ("météo-2", "{}"))
+    ),
     "arguments first": Transcript(
         f'<tool_call>{{"arguments": {PARIS}, "name": "get_weather"}}</tool_call>', "", (("get_weather", PARIS),)
     ),
@@ -50,10 +65,14 @@ TRANSCRIPTS = {
         (("get_weather", PARIS),),
     ),
     "a call cut off by the next": Transcript(
-        '<tool_call>\n{"name": "get", "arguments": {"a": ' + call(), '<tool_call>\n{"name": "get", "arguments": {"a":', (("get_weather", PARIS),)
+        '<tool_call>\n{"name": "get", "arguments": {"a": ' + call(),
+        '<tool_call>\n{"name": "get", "arguments": {"a":',
+        (("get_weather", PARIS),),
     ),
     "an end that is a beginning": Transcript(
-        '<tool_call>{"name": "get", "arguments": {}}' + call(), '<tool_call>{"name": "get", "arguments": {}}', (("get_weather", PARIS),)
+        '<tool_call>{"name": "get", "arguments": {}}' + call(),
+        '<tool_call>{"name": "get", "arguments": {}}',
+        (("get_weather", PARIS),),
     ),
     "not a number": Transcript(call(arguments='{"a": NaN}'), call(arguments='{"a": NaN}')),
     "bare line break in a string": Transcript(call(arguments='{"a": "x\ny"}'), call(arguments='{"a": "x\ny"}')),
@@ -79,7 +98,7 @@ TRANSCRIPTS = {
     "empty object": Transcript("<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>"),
     "nothing inside": Transcript("<tool_call></tool_call> ", "<tool_call></tool_call> "),
     "very deep": Transcript(call("get", '{"a": ' + "[" * 400), call("get", '{"a": ' + "[" * 400)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
@@ -95,7 +114,10 @@ def test_arguments_are_passed_on_while_they_come() -> None:
     assert parser.feed('ty": "') == [Piece("arguments", 'ty": "', 0)]
     assert parser.feed('P"} ') == [Piece("arguments", 'P"}', 0)]
     assert parser.feed("}\n</tool_cal") == []
-    assert parser.feed('l>\n<tool_call>{"name": "get", "arguments": {"a"') == [Piece("call", "get", 1), Piece("arguments", '{"a"', 1)]
+    assert parser.feed('l>\n<tool_call>{"name": "get", "arguments": {"a"') == [
+        Piece("call", "get", 1),
+        Piece("arguments", '{"a"', 1),
+    ]
     assert parser.finish() == [Piece("void", call=1), Piece("content", '<tool_call>{"name": "get", "arguments": {"a"')]
 
 
@@ -141,6 +163,13 @@ def test_a_long_text_costs_its_length(text: str) -> None:
 
 def test_what_the_grammar_allows_is_calls(bundled_model: Path) -> None:
     check_grammar(Hermes, Sampler(bundled_model))
+
+
+def test_the_grammar_allows_what_templates_write(bundled_model: Path) -> None:
+    one = [call(), call("météo-2", "{}")]
+    several = [call() + "\n" + call("get", "{}")]
+    no = ["", "Hi", call("got"), call("get_weather", "{}"), call() + "\n", call() + call(), call("get", '{"a": 1}')]
+    check_allowed(Hermes, Sampler(bundled_model), one, several, no)
 
 
 def test_the_grammar_takes_marks_as_it_is_told() -> None:

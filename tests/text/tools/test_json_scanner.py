@@ -9,11 +9,46 @@ from hypothesis import strategies as st
 
 from minivllm.text.tools.json_scanner import MAX_DEPTH, JsonScanner
 
-GOOD = ['{"a": [1, -0.5e+3, true, false, null, "\\u00e9\\n\\"}{"]}', "[]", "{}", '""', "[[], {}]", ' {"a" :\t{ } ,\r\n"a":0}', '"\U0001f600"']
+GOOD = [
+    '{"a": [1, -0.5e+3, true, false, null, "\\u00e9\\n\\"}{"]}',
+    "[]",
+    "{}",
+    '""',
+    "[[], {}]",
+    ' {"a" :\t{ } ,\r\n"a":0}',
+    '"\U0001f600"',
+]
 BAD = [
-    "{,}", '{"a" 1}', '{"a":}', "{1: 2}", "[1,]", '{"a":1,}', "[01]", "[1.]", "[.5]", "[+1]", "[-]", "[1e]", "[NaN]", "[Infinity]",
-    "[-Infinity]", '["\\x"]', '["\\u12g4"]', '["a\nb"]', "[trux]", "[nul]", "{]", "[}", "['a']", "[1 2]", ":", "}", "[1}", "[1.5.5]", "٣",
-]  # fmt: skip
+    "{,}",
+    '{"a" 1}',
+    '{"a":}',
+    "{1: 2}",
+    "[1,]",
+    '{"a":1,}',
+    "[01]",
+    "[1.]",
+    "[.5]",
+    "[+1]",
+    "[-]",
+    "[1e]",
+    "[NaN]",
+    "[Infinity]",
+    "[-Infinity]",
+    '["\\x"]',
+    '["\\u12g4"]',
+    '["a\nb"]',
+    "[trux]",
+    "[nul]",
+    "{]",
+    "[}",
+    "['a']",
+    "[1 2]",
+    ":",
+    "}",
+    "[1}",
+    "[1.5.5]",
+    "٣",
+]
 
 
 def scanned(text: str, size: int) -> tuple[int, bool, bool]:
@@ -87,8 +122,15 @@ def test_it_agrees_with_the_library(parts: list[str]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(),
-                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10), st.booleans(), st.integers(1, 9))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
+    ),
+    st.booleans(),
+    st.integers(1, 9),
+)
 def test_whatever_the_library_writes_is_read(value: Any, ascii_only: bool, size: int) -> None:
     text = "[" + json.dumps(value, ensure_ascii=ascii_only) + "]"
     assert scanned(text + "x", size) == (len(text), True, False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from transcripts import FUNCTIONS, Sampler, Transcript, check, check_any, check_grammar, check_stays_small, soup
+from transcripts import FUNCTIONS, Sampler, Transcript, check, check_allowed, check_any, check_grammar, check_stays_small, soup
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.llama3_json import Llama3Json
@@ -33,10 +33,14 @@ TRANSCRIPTS = {
     ),
     "no arguments": Transcript('{"name": "get"}', "", (("get", "{}"),)),
     "several": Transcript(
-        call() + "; " + call("get", "{}") + ";\n" + TAG + call("météo-2", "{}"), "", (("get_weather", PARIS), ("get", "{}"), ("météo-2", "{}"))
+        call() + "; " + call("get", "{}") + ";\n" + TAG + call("météo-2", "{}"),
+        "",
+        (("get_weather", PARIS), ("get", "{}"), ("météo-2", "{}")),
     ),
     "a separator behind the last": Transcript(call() + " ; ", "", (("get_weather", PARIS),)),
-    "marks and escapes in strings": Transcript(call(arguments=HARD) + ";" + call("get", "{}"), "", (("get_weather", HARD), ("get", "{}"))),
+    "marks and escapes in strings": Transcript(
+        call(arguments=HARD) + ";" + call("get", "{}"), "", (("get_weather", HARD), ("get", "{}"))
+    ),
     "unicode": Transcript(call(arguments=EMOJI), "", (("get_weather", EMOJI),)),
     "text behind": Transcript(call() + "\nThat is all; bye. ", "That is all; bye. ", (("get_weather", PARIS),)),
     "calls without a separator": Transcript(call("get", "{}") + "\n" + call(), call(), (("get", "{}"),)),
@@ -57,7 +61,9 @@ TRANSCRIPTS = {
     ),
     "arguments are a list": Transcript(call("get", "[{}]"), call("get", "[{}]")),
     "arguments are null": Transcript(call("get", "null"), call("get", "null")),
-    "name is no string": Transcript('{"name": {"name": "get"}, "parameters": {}}', '{"name": {"name": "get"}, "parameters": {}}'),
+    "name is no string": Transcript(
+        '{"name": {"name": "get"}, "parameters": {}}', '{"name": {"name": "get"}, "parameters": {}}'
+    ),
     "cut off in the name": Transcript('{"name": "get_wea', '{"name": "get_wea'),
     "cut off in the arguments": Transcript(call()[:-8] + " ", call()[:-8] + " "),
     "cut off before the last bracket": Transcript(" " + call()[:-1], " " + call()[:-1]),
@@ -65,7 +71,7 @@ TRANSCRIPTS = {
     "only a tag": Transcript(TAG + " ", TAG + " "),
     "only a bracket": Transcript("{", "{"),
     "a list": Transcript("[" + call() + "]", "[" + call() + "]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
@@ -123,3 +129,10 @@ def test_a_long_text_costs_its_length(text: str) -> None:
 
 def test_what_the_grammar_allows_is_calls(bundled_model: Path) -> None:
     check_grammar(Llama3Json, Sampler(bundled_model))
+
+
+def test_the_grammar_allows_what_templates_write(bundled_model: Path) -> None:
+    one = [call(), call("météo-2", "{}")]
+    several = [call() + "; " + call("get", "{}")]
+    no = ["", "Hi", call("got"), call("get_weather", "{}"), call() + ";", call("get", '{"a": 1}')]
+    check_allowed(Llama3Json, Sampler(bundled_model), one, several, no)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from transcripts import FUNCTIONS, Sampler, Transcript, check, check_any, check_grammar, check_stays_small, soup
+from transcripts import FUNCTIONS, Sampler, Transcript, check, check_allowed, check_any, check_grammar, check_stays_small, soup
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.mistral import Mistral
@@ -45,10 +45,10 @@ TRANSCRIPTS = {
     "list that goes on with text": Transcript(f"{MARK}[{item()} and so]", "and so]", (("get_weather", PARIS),)),
     "a comma too many": Transcript(f"{MARK}[{item()}, ]", "]", (("get_weather", PARIS),)),
     "broken second of a list": Transcript(
-        f'{MARK}[{item()}, {item("get", "{1}")}]', item("get", "{1}") + "]", (("get_weather", PARIS),)
+        f"{MARK}[{item()}, {item('get', '{1}')}]", item("get", "{1}") + "]", (("get_weather", PARIS),)
     ),
     "broken list, then another": Transcript(
-        f'Hm {MARK}[{item("get", "{1}")}] {LISTED}', f'Hm {MARK}[{item("get", "{1}")}]', (("get_weather", PARIS),)
+        f"Hm {MARK}[{item('get', '{1}')}] {LISTED}", f"Hm {MARK}[{item('get', '{1}')}]", (("get_weather", PARIS),)
     ),
     "list cut off in the arguments": Transcript(LISTED[:-7], LISTED[:-7]),
     "list cut off behind the arguments": Transcript(LISTED[:-2], LISTED[:-2]),
@@ -56,17 +56,23 @@ TRANSCRIPTS = {
         f"{MARK}[{item('got', HARD)}, {item()}]", f"{MARK}[{item('got', HARD)},", (("get_weather", PARIS),)
     ),
     "only unknown functions": Transcript(f"{MARK}[{item('got')}] ", f"{MARK}[{item('got')}] "),
-    "arguments are a string": Transcript(f'{MARK}[{item("get", chr(34) * 2)}]', f'{MARK}[{item("get", chr(34) * 2)}]'),
+    "arguments are a string": Transcript(f"{MARK}[{item('get', chr(34) * 2)}]", f"{MARK}[{item('get', chr(34) * 2)}]"),
     "empty list": Transcript(MARK + "[]", MARK + "[]"),
     "a list of numbers": Transcript(MARK + "[1, 2]", MARK + "[1, 2]"),
     "named": Transcript(named(), "", (("get_weather", PARIS),)),
     "named, several": Transcript(
-        named() + named("get", "{}") + "\n" + named("météo-2", "{ }"), "", (("get_weather", PARIS), ("get", "{}"), ("météo-2", "{ }"))
+        named() + named("get", "{}") + "\n" + named("météo-2", "{ }"),
+        "",
+        (("get_weather", PARIS), ("get", "{}"), ("météo-2", "{ }")),
     ),
     "named, text around": Transcript("I look.\n" + named() + "\nDone ", "I look.Done ", (("get_weather", PARIS),)),
-    "named, with ids": Transcript(named(call_id="a1b2c3d4e") + named("get", "{}", "Z9"), "", (("get_weather", PARIS), ("get", "{}"))),
+    "named, with ids": Transcript(
+        named(call_id="a1b2c3d4e") + named("get", "{}", "Z9"), "", (("get_weather", PARIS), ("get", "{}"))
+    ),
     "named, whitespace": Transcript(MARK + " get[ARGS] {}", "", (("get", "{}"),)),
-    "named, marks and escapes": Transcript(named(arguments=HARD) + named(arguments=EMOJI), "", (("get_weather", HARD), ("get_weather", EMOJI))),
+    "named, marks and escapes": Transcript(
+        named(arguments=HARD) + named(arguments=EMOJI), "", (("get_weather", HARD), ("get_weather", EMOJI))
+    ),
     "named, unknown function": Transcript(named("got", "{}") + named(), named("got", "{}"), (("get_weather", PARIS),)),
     "named, a longer name": Transcript(named("get_", "{}"), named("get_", "{}")),
     "named, no arguments": Transcript(MARK + "get[ARGS]", MARK + "get[ARGS]"),
@@ -74,11 +80,11 @@ TRANSCRIPTS = {
     "named, broken": Transcript(named("get", '{"a": 01}') + named(), named("get", '{"a": 01}'), (("get_weather", PARIS),)),
     "named, broken by the next": Transcript(named("get", '{"a": ') + named(), named("get", '{"a":'), (("get_weather", PARIS),)),
     "named, cut off": Transcript("So: " + named()[:-1], "So: " + named()[:-1]),
-    "named, cut off in the mark": Transcript(named()[:-len(PARIS) - 2], named()[:-len(PARIS) - 2]),
+    "named, cut off in the mark": Transcript(named()[: -len(PARIS) - 2], named()[: -len(PARIS) - 2]),
     "named, broken id": Transcript(MARK + "get[CALL_ID]a-b[ARGS]{}", MARK + "get[CALL_ID]a-b[ARGS]{}"),
     "the mark alone": Transcript("a " + MARK + " ", "a " + MARK + " "),
     "cut off in the mark": Transcript("a [TOOL_", "a [TOOL_"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
@@ -90,7 +96,10 @@ def test_arguments_of_a_list_are_passed_on_while_they_come() -> None:
     parser = Mistral(FUNCTIONS)
     assert parser.feed('[TOOL_CALLS] [{"name": "get", "arguments": {') == [Piece("call", "get", 0), Piece("arguments", "{", 0)]
     assert parser.feed("}") == [Piece("arguments", "}", 0)]
-    assert parser.feed('}, {"name": "get_weather", "arguments": {"a') == [Piece("call", "get_weather", 1), Piece("arguments", '{"a', 1)]
+    assert parser.feed('}, {"name": "get_weather", "arguments": {"a') == [
+        Piece("call", "get_weather", 1),
+        Piece("arguments", '{"a', 1),
+    ]
     assert parser.finish() == [Piece("void", call=1), Piece("content", '{"name": "get_weather", "arguments": {"a')]
 
 
@@ -103,7 +112,9 @@ def test_arguments_of_a_named_call_are_passed_on_while_they_come() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(soup(Mistral, [LISTED, item(), item("get", "{}") + ", ", named(), named("get", "{}"), named(arguments=HARD), named("got")]))
+@given(
+    soup(Mistral, [LISTED, item(), item("get", "{}") + ", ", named(), named("get", "{}"), named(arguments=HARD), named("got")])
+)
 def test_any_text(text: str) -> None:
     check_any(Mistral, text)
 
@@ -129,3 +140,10 @@ def test_a_long_text_costs_its_length(text: str) -> None:
 
 def test_what_the_grammar_allows_is_calls(bundled_model: Path) -> None:
     check_grammar(Mistral, Sampler(bundled_model))
+
+
+def test_the_grammar_allows_what_templates_write(bundled_model: Path) -> None:
+    one = [LISTED, LISTED.replace("[{", " [{"), named(), named("météo-2", "{}")]
+    several = [f"{MARK}[{item()}, {item('get', '{}')}]", named() + named("get", "{}")]
+    no = ["", "Hi", MARK, MARK + "[]", named("got", "{}"), named("get_weather", "{}"), LISTED + LISTED, LISTED + named()]
+    check_allowed(Mistral, Sampler(bundled_model), one, several, no)

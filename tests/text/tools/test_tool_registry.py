@@ -10,38 +10,40 @@ OURS = ["hermes", "llama3_json", "mistral", "deepseek_v3"]
 TEMPLATES = {
     "qwen3": (
         "hermes",
-        r"""{%- if tools %}{{- "# Tools\n\nwithin <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, """
-        r"""\"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}{%- endif %}""",
+        r"""{%- if tools %}{{- "# Tools\n\nwithin <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": """
+        r"""<function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}{%- endif %}""",
     ),
     "hermes 2 pro": (
         "hermes",
-        r"""{% for tool in tools %}{% endfor %}{{- '<tool_call>\n{"name": <function-name>, "arguments": <args-dict>}\n</tool_call>' }}""",
+        r"""{% for tool in tools %}{% endfor %}{{- '<tool_call>\n"""
+        r"""{"name": <function-name>, "arguments": <args-dict>}\n</tool_call>' }}""",
     ),
     "qwen3-coder": (
         "qwen3_coder",
-        r"""{%- for tool in tools %}{%- endfor %}{{- '\n<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>"""
-        r"""\nvalue_1\n</parameter>\n</function>\n</tool_call>' }}""",
+        r"""{%- for tool in tools %}{%- endfor %}{{- '\n<tool_call>\n<function=example_function_name>\n"""
+        r"""<parameter=example_parameter_1>\nvalue_1\n</parameter>\n</function>\n</tool_call>' }}""",
     ),
     "mistral v3": ("mistral", """{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}{{- "[TOOL_CALLS] [" }}"""),
     "mistral v11": ("mistral", """{%- if tools %}{%- endif %}{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}"""),
     "deepseek r1": (
         "deepseek_v3",
-        """{% if tools is defined %}{% endif %}{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>'}}""",
+        """{% if tools is defined %}{% endif %}"""
+        """{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>'}}""",
     ),
     "llama 3.1": (
         "llama3_json",
-        """{%- if tools is not none %}{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name """
-        """and its value}.' }}{%- endif %}{{- "<|python_tag|>" + tool_call.name + ".call(" }}""",
+        """{%- if tools is not none %}{{- 'Respond in the format {"name": function name, "parameters": dictionary of """
+        """argument name and its value}.' }}{%- endif %}{{- "<|python_tag|>" + tool_call.name + ".call(" }}""",
     ),
     "llama 3.2": (
         "llama3_json",
-        """{%- if not tools is none %}{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument """
-        """name and its value}.' }}{%- endif %}""",
+        """{%- if not tools is none %}{{- 'Respond in the format {"name": function name, "parameters": dictionary of """
+        """argument name and its value}.' }}{%- endif %}""",
     ),
     "llama 3.2 in Python": (
         "pythonic",
-        "{%- if tools is not none %}{{- 'Respond in the format [func_name1(params_name1=params_value1, params_name2=params_value2"
-        "...), func_name2(params)] ' }}{%- endif %}",
+        "{%- if tools is not none %}{{- 'Respond in the format [func_name1(params_name1=params_value1, "
+        "params_name2=params_value2...), func_name2(params)] ' }}{%- endif %}",
     ),
     "gpt-oss": ("openai", """{%- if tools %}{%- endif %}{{- "<|start|>assistant<|channel|>commentary to=functions.x" }}"""),
     "glm 4.5": (None, "{%- if tools %}<tool_call>{function-name}\n<arg_key>{k}</arg_key>\n</tool_call>{%- endif %}"),
