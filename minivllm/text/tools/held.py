@@ -14,6 +14,7 @@ from minivllm.text.grammar import WHITESPACE
 from minivllm.text.reply import Kind, Piece
 
 SPACE: Final = " \t\r\n"
+_TYPES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
 MAX_DEPTH: Final = 128  # of lists and objects in each other: beyond, whoever reads the JSON could run out of stack
 
 
@@ -136,7 +137,7 @@ def json_inside(text: str) -> str:
     return json_text(text)[1:-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- grammars
+# ----------------------------------------------------------------------------------------------------------------- schemas
 
 
 def properties_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +150,43 @@ def required_of(parameters: Mapping[str, Any]) -> frozenset[str]:
     """The names of the parameters that must be there."""
     required = parameters.get("required")
     return frozenset(n for n in required if isinstance(n, str)) if isinstance(required, list | tuple) else frozenset()
+
+
+def type_name(value: Any) -> str:
+    """What a schema calls the type of a value."""
+    return _TYPES.get(type(value), "object")
+
+
+def values_of(schema: Any) -> list[Any]:
+    """The values that a schema lists, if it does."""
+    if not isinstance(schema, Mapping):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return list(values) if isinstance(values, list | tuple) else []
+
+
+def types_of(schema: Any, depth: int = 0) -> frozenset[str]:
+    """The JSON types that a schema allows; none: any."""
+    if not isinstance(schema, Mapping) or depth > 8:
+        return frozenset()
+    named = schema.get("type")
+    if isinstance(named, str):
+        return frozenset((named,))
+    if isinstance(named, list | tuple):
+        return frozenset(n for n in named if isinstance(n, str))
+    if values := values_of(schema):
+        return frozenset(map(type_name, values))
+    options = schema.get("anyOf", schema.get("oneOf"))
+    each = [types_of(o, depth + 1) for o in options] if isinstance(options, list | tuple) else []
+    return frozenset[str]().union(*each) if all(each) else frozenset()
+
+
+def length_of(schema: Any) -> tuple[int, int | str]:
+    """How many characters a string has, at least and at most; "" for any number."""
+    if not isinstance(schema, Mapping) or types_of(schema) != {"string"}:
+        return 0, ""
+    least, most = schema.get("minLength"), schema.get("maxLength")
+    return least if isinstance(least, int) else 0, most if isinstance(most, int) else ""
 
 
 def json_rule(schema: Any, root: Mapping[str, Any] | None = None) -> str:

@@ -14,9 +14,9 @@
     </tool_call>
 
 A value is raw text: nothing is quoted or escaped, and one newline at each end belongs to the format. What it means stands in
-the function's schema: a string stays as it is, and everything else is JSON where it can be read as such, otherwise a string. The
-template itself writes ``True`` and ``None`` for what JSON calls ``true`` and ``null``, so models do too. Of a parameter that is
-written twice the last value counts, as in JSON.
+the function's schema: a string stays as it is, and everything else is JSON where it can be read as such, otherwise a string.
+The template itself writes ``True`` and ``None`` for what JSON calls ``true`` and ``null``, so models do too. Of a parameter
+that is written twice the last value counts, as in JSON.
 
 The JSON of the arguments is passed on while it comes: a string as it is read, every other value at its end. A value ends at
 the first ``</parameter>``; every other mark may stand in it. Whitespace between the marks may be missing.
@@ -35,14 +35,17 @@ from minivllm.text.tools.held import (
     json_inside,
     json_rule,
     json_text,
+    length_of,
     properties_of,
     read_json,
     required_of,
+    type_name,
+    types_of,
+    values_of,
 )
 
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 _PARAMETER, _END_PARAMETER, _END_FUNCTION = "<parameter=", "</parameter>", "</function>"
-_TYPES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
 _WORDS: Final = {"boolean": {"true": "true", "false": "false"}, "null": {"null": "null", "none": "null"}}
 
 
@@ -223,23 +226,6 @@ class Qwen3Coder:
         return "\n".join(rules) + "\n"
 
 
-def types_of(schema: Any, depth: int = 0) -> frozenset[str]:
-    """The JSON types that a schema allows; none: any."""
-    if not isinstance(schema, Mapping) or depth > 8:
-        return frozenset()
-    named = schema.get("type")
-    if isinstance(named, str):
-        return frozenset((named,))
-    if isinstance(named, list | tuple):
-        return frozenset(n for n in named if isinstance(n, str))
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list | tuple):
-        return frozenset(_TYPES.get(type(v), "object") for v in values)
-    options = schema.get("anyOf", schema.get("oneOf"))
-    each = [types_of(o, depth + 1) for o in options] if isinstance(options, list | tuple) else []
-    return frozenset[str]().union(*each) if all(each) else frozenset()
-
-
 def _as_json(text: str, types: frozenset[str]) -> str:
     """A value that need not be a string."""
     bare = text.strip(SPACE)
@@ -251,7 +237,7 @@ def _as_json(text: str, types: frozenset[str]) -> str:
     except ValueError:
         return json_text(text)
     if "string" in types:  # one of several types: JSON only where it is of another
-        kind = _TYPES.get(type(value), "object")
+        kind = type_name(value)
         if kind == "string" or not (kind in types or (kind == "integer" and "number" in types)):
             return json_text(text)
     return bare
@@ -277,10 +263,7 @@ def _function_rules(name: str, function: Function) -> list[str]:
 
 def _parameter_rules(rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
     begin, types = json_text(f"<parameter={key}>\n"), types_of(schema)
-    values = None
-    if isinstance(schema, Mapping):
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list | tuple) and values:
+    if values := values_of(schema):
         texts = [v if isinstance(v, str) else json_text(v) for v in values]
         return [f"{rule}: {begin} " + either([json_text(f"{text}\n</parameter>\n") for text in texts])]
     if types and "string" not in types:
@@ -290,10 +273,6 @@ def _parameter_rules(rule: str, key: str, schema: Any, root: Mapping[str, Any]) 
 
 def _text_rule(token: str, schema: Any) -> str:
     """Free text up to the mark that ends it, which makes one token of the grammar: so it may hold every other ``<``."""
-    least, most = 0, ""
-    if isinstance(schema, Mapping) and types_of(schema) == {"string"}:
-        shortest, longest = schema.get("minLength"), schema.get("maxLength")
-        least = shortest if isinstance(shortest, int) else 0
-        most = str(longest) if isinstance(longest, int) else ""
+    least, most = length_of(schema)
     marks = r"(<\/parameter|\n<parameter=|\n<\/function>)"
     return rf'{token}: (/(?s:.{{{least},{most}}})/ & ~/(?s:.*){marks}(?s:.*)/) "\n</parameter>\n"'
