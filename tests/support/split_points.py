@@ -1,9 +1,12 @@
 """Reads a text with a parser, cut in every way that matters, and fails where the cut shows."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from minivllm.text.grammar import matcher
 from minivllm.text.reply import Reply, ReplyParser
+from minivllm.types import Grammar
 
 
 def read(parser: ReplyParser, parts: Iterable[str]) -> Reply:
@@ -25,6 +28,15 @@ def read_everywhere(make: Callable[[], ReplyParser], text: str) -> Reply:
     return whole
 
 
+def read_anyhow(make: Callable[[], ReplyParser], text: str, cuts: Sequence[int]) -> Reply:
+    """The reply of a text, read whole, by characters and cut at some points: always the same."""
+    whole = read(make(), [text])
+    edges = sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
+    assert read(make(), text) == whole
+    assert read(make(), [text[a:b] for a, b in itertools.pairwise(edges)]) == whole
+    return whole
+
+
 def calls_of(reply: Reply) -> list[tuple[str, str]]:
     """Name and JSON text of every call that stayed."""
     return [(call.name, call.arguments) for call in reply.calls.values()]
@@ -38,21 +50,21 @@ class Sampler:
         self._tokenizer = tokenizer
         self._end = end
 
-    def draw(self, source: str, choose: Any, at_most: int = 400) -> str | None:
+    def draw(self, source: str, choose: Callable[[list[int]], int], at_most: int = 300) -> str | None:
         """A text, or None where it has not ended after ``at_most`` tokens."""
-        from minivllm.text.grammar import matcher
-        from minivllm.types import Grammar
-
         walk = matcher(Grammar("lark", source), self._words)
         tokens: list[int] = []
         while len(tokens) < at_most:
             mask = walk.compute_bitmask()
-            allowed = [i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1]
-            token = choose(allowed)
+            token = choose([i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1])
             if token == self._end:
                 return str(self._tokenizer.decode(tokens, False))
             assert walk.consume_token(token), walk.get_error()
-            if walk.is_stopped():
-                return str(self._tokenizer.decode([*tokens, token], False))
             tokens.append(token)
         return None
+
+    def allows(self, source: str, text: str) -> bool:
+        """Whether a grammar allows a text as a whole."""
+        walk = matcher(Grammar("lark", source), self._words)
+        tokens = self._tokenizer.encode(text)
+        return walk.try_consume_tokens(tokens) == len(tokens) and bool(walk.is_accepting())

@@ -10,9 +10,9 @@ ends the prompt with ``<|start|>assistant``, so the first header is one half onl
     <|start|>assistant<|channel|>final<|message|>It rains.<|return|>
 
 (the line breaks are not part of it). The recipient may stand before the channel too, and models put calls into the analysis
-channel as well. The analysis channel is reasoning, unless it calls an offered function; bodies of all other messages, also those
-to a recipient that is no offered function, are content. Two messages of reasoning, or of content, are parted by a newline.
-So without any functions this parser turns harmony into plain text, behind ``openai_gptoss.OpenAIGptOss`` or alone.
+channel as well. The analysis channel is reasoning, unless it calls an offered function; bodies of all other messages, also
+those to a recipient that is no offered function, are content. Two messages of reasoning, or of content, are parted by a
+newline. So without any functions this parser turns harmony into plain text, behind ``openai_gptoss.OpenAIGptOss`` or alone.
 
 ``<|call|>`` and ``<|return|>`` end the generation, and what ends it is normally not part of the text. So a call is complete
 where its body is a whole JSON object, whether its mark follows or not: an object that broke off is never whole.
@@ -165,7 +165,7 @@ class OpenAI:
         self._messages = Messages()
         self._outlet = Outlet()
         self._outside = Content(self._outlet)
-        self._kind: Kind = "content"  # of the message; "call" while its arguments have not begun
+        self._kind: Kind = "content"  # of the message; "call" before its arguments begin, "void" once it is none
         self._said: set[Kind] = set()
         self._first = False  # the message has said nothing yet
         self._call = -1
@@ -219,7 +219,9 @@ class OpenAI:
         elif self._kind == "arguments":
             self._raw.append(text)
             self._write(text)
-        elif text:
+        elif self._kind == "void":
+            self._outlet.add("content", text)
+        else:
             if self._first and self._kind in self._said:
                 self._outlet.add(self._kind, "\n")
             self._first = False
@@ -236,8 +238,9 @@ class OpenAI:
 
     def _end(self, mark: str) -> None:
         if self._kind == "call" or (self._kind == "arguments" and not self._complete()):
-            self._raw.append(mark)
             self._no_call()
+        if self._kind == "void":
+            self._outlet.add("content", mark)
         self._space.clear()
         self._raw.clear()
         self._outside.call_ended()
@@ -252,7 +255,7 @@ class OpenAI:
         """What was read of the message, marks and all, is content, and so is the rest of it."""
         if self._kind == "arguments":
             self._outlet.add("void", call=self._call)
-        self._kind, self._first = "content", False
+        self._kind = "void"
         self._said.add("content")
         self._outlet.add("content", "".join(self._raw))
         self._raw.clear()
