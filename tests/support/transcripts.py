@@ -164,7 +164,7 @@ class Sampler:
 def check_allowed(
     parser: type[ToolParser], sampler: Sampler, one: Sequence[str], several: Sequence[str], no: Sequence[str]
 ) -> None:
-    """A grammar for one call and one for several allow what they should: the texts of ``one`` call, of ``several``, of ``no``."""
+    """A grammar for one call and one for several allow what they should: texts of ``one`` call, of ``several``, of ``no``."""
     for parallel in (False, True):
         source = parser.grammar(FUNCTIONS, parallel, json.dumps)
         for texts, expected in ((one, True), (several, parallel), (no, False)):

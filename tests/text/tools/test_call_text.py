@@ -36,7 +36,7 @@ def _marks(text: CallText) -> Steps[None]:
 
 def _name(text: CallText) -> Steps[None]:
     text.log.begin()
-    end = yield from text.name("!", "")
+    end = yield from text.name("!")
     text.log.settle(end == "!" and (yield from text.arguments()))
     yield from text.rest()
 
@@ -49,11 +49,29 @@ def test_long_parts_are_read_in_pieces(cut: int) -> None:
     assert [*text.feed(source, steps), *text.finish(steps)] == [Piece("content", source)]
 
 
-def test_a_name_that_another_begins_with_is_told_from_it_however_it_is_cut() -> None:
-    functions = [Function("get_more"), Function("get"), Function("get!more")]
-    for source, name in (("get!{}", "get"), ("get_more!{}", "get_more")):
-        for cut in range(len(source)):
-            text = CallText(functions)
-            steps = _name(text)
-            pieces = [*text.feed(source[:cut], steps), *text.feed(source[cut:], steps), *text.finish(steps)]
-            assert "".join(p.text for p in pieces if p.kind == "call") in (name, "")
+@pytest.mark.parametrize("source", ["get!{}", "get_more!{}", "get!more!{}", "get!m", "got!{}"])
+def test_a_name_that_another_begins_with_is_told_from_it_however_it_is_cut(source: str) -> None:
+    functions = [Function("get!more"), Function("get_more"), Function("get")]
+    found = []
+    for cut in range(len(source)):
+        text = CallText(functions)
+        steps = _name(text)
+        pieces = [*text.feed(source[:cut], steps), *text.feed(source[cut:], steps), *text.finish(steps)]
+        found.append([piece.text for piece in pieces if piece.kind == "call"])
+    assert found == [[source[:-3]] if source in ("get!{}", "get_more!{}") else []] * len(source)
+
+
+def _literals(text: CallText) -> Steps[None]:
+    while literal := (yield from text.take("ab!", "ab", "!c")):
+        text.log.begin()
+        text.log.name(literal)
+        text.log.settle(True)
+    yield from text.rest()
+
+
+def test_the_shortest_literal_is_taken_however_the_text_is_cut() -> None:
+    for cut in range(5):
+        text = CallText([Function(name) for name in ("ab!", "ab", "!c")])
+        steps = _literals(text)
+        pieces = [*text.feed("ab!c"[:cut], steps), *text.feed("ab!c"[cut:], steps), *text.finish(steps)]
+        assert [piece.text for piece in pieces if piece.kind == "call"] == ["ab", "!c"]
