@@ -30,6 +30,9 @@ class CallLog:
 
     def pieces(self) -> list[Piece]:
         """The pieces since the last time, neighbours of one kind joined."""
+        if len(self._pieces) < 2:
+            pieces, self._pieces = self._pieces, []
+            return pieces
         runs = groupby(self._pieces, key=lambda piece: (piece.kind, piece.call))
         joined = [Piece(kind, "".join(piece.text for piece in run), call) for (kind, call), run in runs]
         self._pieces.clear()

@@ -14,9 +14,11 @@ def find_mark(text: str, marks: Sequence[str], start: int = 0) -> tuple[int, str
 
 def held(text: str, marks: Sequence[str]) -> int:
     """The length of the longest end of a text that a mark begins with, and is longer than: what has to be held back."""
-    longest = max(map(len, marks), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        end = text[-length:]
-        if any(len(mark) > length and mark.startswith(end) for mark in marks):
-            return length
-    return 0
+    longest = 0
+    for mark in marks:
+        at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+        while at >= 0 and not mark.startswith(text[at:]):
+            at = text.find(mark[0], at + 1)
+        if at >= 0:
+            longest = max(longest, len(text) - at)
+    return longest
