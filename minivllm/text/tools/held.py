@@ -15,6 +15,7 @@ from minivllm.text.reply import Kind, Piece
 
 SPACE: Final = " \t\r\n"
 _TYPES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
+DEFINITIONS: Final = frozenset(("$defs", "definitions"))
 MAX_DEPTH: Final = 128  # of lists and objects in each other: beyond, whoever reads the JSON could run out of stack
 
 
@@ -25,10 +26,13 @@ class MarkWatch:
     def __init__(self, marks: Iterable[str]) -> None:
         self.held = ""  # the end of the text, as far as a mark may have begun there
         self._marks = frozenset(marks)
+        self._firsts = frozenset(mark[0] for mark in self._marks)
         self._beginnings = frozenset(mark[:n] for mark in self._marks for n in range(1, len(mark)))
 
     def add(self, char: str) -> tuple[str, str]:
         """Read a character: text that is certain to be part of no mark, and the mark that is now complete, or ""."""
+        if not self.held and char not in self._firsts:
+            return char, ""
         held = self.held + char
         for begin in range(len(held)):
             rest = held[begin:]
@@ -141,9 +145,25 @@ def json_inside(text: str) -> str:
 
 
 def properties_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that a function's schema names, each with its own schema."""
+    """The parameters that a function's schema names, each with its own schema. One that only refers to a definition is
+    replaced by it; references further inside stay."""
     properties = parameters.get("properties")
-    return dict(properties) if isinstance(properties, Mapping) else {}
+    if not isinstance(properties, Mapping):
+        return {}
+    return {key: _resolve(schema, parameters) for key, schema in properties.items()}
+
+
+def _resolve(schema: Any, root: Mapping[str, Any]) -> Any:
+    for _ in range(8):  # references may run in a circle
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str) or not reference.startswith("#/") or reference.count("/") != 2:
+            break
+        _, place, name = reference.split("/")
+        table = root.get(place)
+        if not isinstance(table, Mapping) or name not in table:
+            break
+        schema = table[name]
+    return schema
 
 
 def required_of(parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -193,8 +213,8 @@ def json_rule(schema: Any, root: Mapping[str, Any] | None = None) -> str:
     """The right side of a grammar's rule for JSON text that a schema describes. ``root``: the schema around it, whose
     definitions it may refer to. Whitespace is bounded as in every grammar of this program."""
     whole = dict(schema) if isinstance(schema, Mapping) else {}
-    for name in ("$defs", "definitions"):
-        if root is not None and name in root:
+    if root is not None and '"$ref"' in json_text(whole):
+        for name in DEFINITIONS & root.keys():
             whole.setdefault(name, root[name])
     whole["x-guidance"] = {"whitespace_pattern": WHITESPACE}
     return "%json " + json_text(whole)

@@ -46,6 +46,7 @@ from minivllm.text.tools.held import (
 
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 _PARAMETER, _END_PARAMETER, _END_FUNCTION = "<parameter=", "</parameter>", "</function>"
+_JOINS: Final = frozenset(("$ref", "allOf", "anyOf", "oneOf"))  # a schema of no single type; without these it is free text
 _WORDS: Final = {"boolean": {"true": "true", "false": "false"}, "null": {"null": "null", "none": "null"}}
 
 
@@ -266,7 +267,8 @@ def _parameter_rules(rule: str, key: str, schema: Any, root: Mapping[str, Any]) 
     if values := values_of(schema):
         texts = [v if isinstance(v, str) else json_text(v) for v in values]
         return [f"{rule}: {begin} " + either([json_text(f"{text}\n</parameter>\n") for text in texts])]
-    if types and "string" not in types:
+    joined = isinstance(schema, Mapping) and not _JOINS.isdisjoint(schema)
+    if "string" not in types if types else joined:
         return [rf'{rule}: {begin} {rule}_json "\n</parameter>\n"', f"{rule}_json: {json_rule(schema, root)}"]
     return [f"{rule}: {begin} {rule.upper()}_TEXT", _text_rule(f"{rule.upper()}_TEXT", schema)]
 

@@ -237,6 +237,7 @@ SAMPLED = (
                 "unit": {"enum": ["C", "F", 3, None]},
                 "o": {"$ref": "#/$defs/Point"},
                 "maybe": {"type": ["boolean", "null"]},
+                "either": {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
             },
             "required": ["s", "o"],
             "$defs": {
@@ -266,7 +267,7 @@ def test_what_the_grammar_allows_is_read_as_calls(make, parallel: bool, sampler:
         for name, arguments in calls_of(reply):
             values = json.loads(arguments)
             found.append(name)
-            assert name == "now" or {"s", "o"} <= values.keys() <= {"s", "i", "unit", "o", "maybe"}
+            assert name == "now" or {"s", "o"} <= values.keys() <= {"s", "i", "unit", "o", "maybe", "either"}
             assert name == "now" or (1 <= len(values["s"]) <= 12 and isinstance(values["o"]["y"], bool))
     assert {"now", "put"} == set(found)
     assert (most > 1) is parallel
