@@ -47,7 +47,10 @@ _WORDS: Final = {"True": "true", "False": "false", "None": "null", "true": "true
 _DIGITS: Final = frozenset("0123456789+-.")
 _NUMBER: Final = _DIGITS | frozenset("_eE")
 _QUOTES: Final = ("'", '"')
-_ESCAPES: Final = dict(zip("ntrbfva\n\\'\"", ["\n", "\t", "\r", "\b", "\f", "\v", "\a", "", "\\", "'", '"'], strict=True))
+_ESCAPES: Final = {
+    **{"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a"},
+    **{"\n": "", "\\": "\\", "'": "'", '"': '"'},
+}
 _HEX: Final = {"x": 2, "u": 4, "U": 8}  # digits behind the letter
 _IDENTIFIER: Final = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
 
