@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from minivllm import errors
+from minivllm.child import READ_BYTES, FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.engine import Engine
-from minivllm.engine.ipc import Abort, Add, Failed, FrameReader, FromEngine, Start, Stop, ToEngine, encode
+from minivllm.engine.ipc import Abort, Add, Failed, FromEngine, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 _STOP_TIMEOUT_S = 5.0
-READ_BYTES = 1 << 18  # at once: some messages of a large step, and not so many that one round of reading takes long
 
 
 class EngineClient(Protocol):

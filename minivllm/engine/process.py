@@ -1,32 +1,24 @@
 """The engine in a process of its own: the child's loop, and how the server starts it.
 
-The child inherits one end of a socket pair and gets its options as the first message. It ends when that socket does, so no
-engine outlives its server. It ignores SIGINT and SIGTERM on purpose: a terminal or a service manager sends them to the whole
-group, and the server needs the engine until its streams are drained.
+The child gets its options as the first message. Signals do not end it, the end of its socket does (``child.py``).
 """
 
-import asyncio
-import contextlib
-import ctypes
 import logging
 import select
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from minivllm import errors
+from minivllm.child import FrameReader, be_child, encode, start_child
 from minivllm.config import Config
-from minivllm.engine.client import READ_BYTES, ProcessClient
-from minivllm.engine.ipc import Abort, Add, Failed, FrameReader, Start, Stop, ToEngine, encode
+from minivllm.engine.client import ProcessClient
+from minivllm.engine.ipc import Abort, Add, Failed, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 PROGRAM: Final = ("-m", "minivllm.engine.process")  # what Python runs in the child; the socket's number is appended
-_SOCKET_BUFFER_BYTES = 1 << 20
-_PR_SET_PDEATHSIG = 1
 
 
 class Steps(Protocol):
@@ -61,13 +53,7 @@ class Steps(Protocol):
 
 async def start_engine(config: Config, program: Sequence[str] = PROGRAM) -> ProcessClient:
     """Start an engine process and wait until it is ready. Raises the ``StartupError`` that it met."""
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-    command = [sys.executable, *program, str(theirs.fileno())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    theirs.close()
-    reader, writer = await asyncio.open_connection(sock=ours, limit=READ_BYTES)
+    process, reader, writer = await start_child(program)
     client = ProcessClient(process, reader, writer)
     try:
         await client.start(config)
@@ -147,18 +133,9 @@ def _set_up_logging(config: Config) -> None:
     )
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere the closed socket does it a little later."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def serve_steps(descriptor: int, build: Callable[[Config], Steps]) -> int:
     """Be the child: serve what ``build`` makes over an inherited socket until it closes. Returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
-    return EngineServer(socket.socket(fileno=descriptor), build).run()
+    return EngineServer(be_child(descriptor), build).run()
 
 
 def _build_engine(config: Config) -> Steps:

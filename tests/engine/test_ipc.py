@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
+from minivllm.child import MAX_FRAME_BYTES, FrameReader, encode
 from minivllm.config import Config, make_config
-from minivllm.engine.ipc import MAX_FRAME_BYTES, Abort, Add, FrameReader, FromEngine, Start, Stop, ToEngine, encode
+from minivllm.engine.ipc import Abort, Add, FromEngine, Start, Stop, ToEngine
 from minivllm.types import EngineOutput, GenerateRequest, SamplingParams, TokenEvent
 
 
