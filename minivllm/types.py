@@ -41,7 +41,9 @@ class Grammar(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     kind: Literal["json", "regex", "lark"]
     source: str  # a JSON Schema, a regular expression or a grammar in llguidance's kind of Lark
     compact: bool = False  # JSON without any whitespace between its parts
-    begins_after: str = ""  # the text is free until this has come (the end of the reasoning); "": it is bound from its start
+    begins_after: tuple[str, ...] = ()  # the text is free until these have come one after the other; (): bound from its start
+    keeps_last: bool = False  # the last of these is the beginning of what the grammar describes
+    opener_ids: tuple[int, ...] = ()  # with these at the text's beginning all of ``begins_after`` holds, else without its first
 
     def __post_init__(self) -> None:
         """Raise ``InvalidRequest`` for one that is empty or too long to look at."""

@@ -13,9 +13,10 @@ Making a matcher of a long schema can take some hundred milliseconds, so a threa
 is kept for the next request with that grammar, within a bound of bytes.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -26,48 +27,67 @@ from minivllm.text.grammar import matcher
 from minivllm.types import Grammar
 
 CACHE_BYTES = 64 * 2**20  # of grammars that are kept for later requests
+MOST_CERTAIN = 1024  # tokens that are settled at a time
 _ALL = -1  # a word of a mask with every bit set
 _NO_TOKEN = "No token is left that the grammar and the other wishes (allowed_token_ids, bad_words ...) both allow; drop one."
 _TOO_COMPLEX = "The grammar became too complex to follow at this place of the text; simplify it."
 
 
 class Guide:
-    """Where one text stands in its grammar. Advanced by the scheduler, asked for masks by ``Grammars``: one thread."""
+    """Where one text stands in its grammar. Advanced by the scheduler, asked for masks by ``Grammars``: one thread.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, begins_after: str, *, hurries: bool) -> None:
+    A text may be free at first: until the reasoning ends, or until the model begins a call. Whether it reasons at all may be
+    the model's choice too. Then its first token decides: the *opener* (``<think>``), or what the grammar begins with.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, grammar: Grammar, *, hurries: bool) -> None:
         """``hurries``: certain tokens need not be sampled (somebody who wants logprobs wants those of every token)."""
         self.problem = ""
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._hurries = hurries
-        self._awaited = begins_after.encode()  # the text is free until these bytes have come
+        self._awaited = deque(text.encode() for text in grammar.begins_after)  # the text is free until these have come
+        self._keeps_last = grammar.keeps_last
+        self._opener: deque[int] = deque(grammar.opener_ids)  # what may still come of it
+        self._opened = False  # its first token has come
         self._tail = b""  # the end of the free text, one byte shorter than what is awaited
-        self._certain: list[int] = []  # tokens that the matcher has taken and the request has not got yet
+        self._certain: deque[int] = deque()  # tokens that the matcher has taken and the request has not got yet
         if not self._awaited:
             self._look_ahead()
 
-    @property
-    def ahead(self) -> Sequence[int]:
+    def ahead(self, skip: int, most: int) -> tuple[int, ...]:
         """See ``scheduler.request.Guide``."""
-        return self._certain if self._hurries else ()
+        return tuple(islice(self._certain, skip, skip + most)) if self._hurries else ()
 
     def take(self, token_id: int) -> Took:
         """See ``scheduler.request.Guide``."""
         if self.problem:
             return "refused"
+        if self._opener:
+            if token_id == self._opener[0]:
+                self._opener.popleft()
+                self._opened = True
+                return "more"
+            self._opener.clear()
+            if not self._opened:
+                self._awaited.popleft()
         if self._awaited:
             return self._wait(token_id)
-        return self._went_on(self._certain.pop(0) == token_id if self._certain else self._matcher.consume_token(token_id))
+        return self._went_on(self._certain.popleft() == token_id if self._certain else self._matcher.consume_token(token_id))
 
     def _wait(self, token_id: int) -> Took:
         """The text is free; look for its end. Bytes behind that, in the same token, are the first that the grammar sees."""
         text = self._tail + self._vocabulary.decode_bytes([token_id])
-        found = text.find(self._awaited)
-        if found < 0:
-            self._tail = text[-len(self._awaited) + 1 :] if len(self._awaited) > 1 else b""
-            return "more"
-        rest = text[found + len(self._awaited) :].lstrip()
-        self._awaited = b""
+        while self._awaited:
+            awaited = self._awaited[0]
+            found = text.find(awaited)
+            if found < 0:
+                self._tail = text[-len(awaited) + 1 :] if len(awaited) > 1 else b""
+                return "more"
+            self._awaited.popleft()
+            kept = self._keeps_last and not self._awaited
+            text = text[found if kept else found + len(awaited) :]
+        rest = text if self._keeps_last else text.lstrip()
         tokens = self._vocabulary.tokenize_bytes(rest) if rest else []
         return self._went_on(self._matcher.try_consume_tokens(tokens) == len(tokens))
 
@@ -82,26 +102,37 @@ class Guide:
 
     def _look_ahead(self) -> None:
         """Settle the tokens that are certain now."""
-        self._certain = list(self._matcher.compute_ff_tokens())
-        if self._certain and not self._matcher.consume_tokens(self._certain):
-            self.problem = _TOO_COMPLEX
-
-    def check(self) -> None:
-        """See whether the matcher gave up over a mask: then the next token ends the request."""
-        if self._matcher.is_error():
+        certain = self._matcher.compute_ff_tokens()[:MOST_CERTAIN]
+        self._certain = deque(certain)
+        if certain and not self._matcher.consume_tokens(certain):
             self.problem = _TOO_COMPLEX
 
     def known_mask(self, ahead: int, mask: npt.NDArray[np.int32]) -> LLMatcher | None:
-        """Fill ``mask`` [words] for the token behind the next ``ahead`` certain ones; or the matcher that can."""
-        if self.problem or self._awaited:
+        """Fill ``mask`` [words] for the token behind the next ``ahead`` certain ones; or the matcher that can (``complete`` has
+        the last word)."""
+        if self.problem or len(self._awaited) > bool(self._opener):
             mask[:] = _ALL
+        elif self._opened and self._opener:
+            mask[:] = 0
+            _allow(mask, self._opener[0])
         elif ahead < len(self._certain):
             mask[:] = 0
-            token = self._certain[ahead]
-            mask.view(np.uint32)[token // 32] = np.uint32(1 << token % 32)
+            _allow(mask, self._certain[ahead])
         else:
             return self._matcher
         return None
+
+    def complete(self, mask: npt.NDArray[np.int32]) -> None:
+        """The matcher has filled its mask, or gave up over it: then the next token ends the request."""
+        if self._matcher.is_error():
+            self.problem = _TOO_COMPLEX
+        elif self._opener:
+            _allow(mask, self._opener[0])
+
+
+def _allow(mask: npt.NDArray[np.int32], token_id: int) -> None:
+    """Set a token's bit."""
+    mask.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
 
 
 class Grammars:
@@ -135,23 +166,23 @@ class Grammars:
                 self._bytes -= cost_bytes(self._made.popitem(last=False)[0])
         elif next(reversed(self._made)) != key:
             self._made.move_to_end(key)
-        return Guide(made.deep_copy(), self._vocabulary, grammar.begins_after, hurries=hurries)
+        return Guide(made.deep_copy(), self._vocabulary, grammar, hurries=hurries)
 
     def masks(self, guided: Sequence[tuple[Guide, int] | None]) -> npt.NDArray[np.int32]:
         """One mask [words of 32 tokens] for each: of the token behind a number of certain ones. None: any token may come."""
         wide = self._words if self._vocabulary is None else max(self._words, -(-self._vocabulary.vocab_size // 32))
         masks = np.full((len(guided), wide), _ALL, dtype=np.int32)
         asked: list[tuple[LLMatcher, int]] = []
-        guides: list[Guide] = []
+        guides: list[tuple[Guide, int]] = []
         for place, entry in enumerate(guided):
             if entry is not None and (matcher := entry[0].known_mask(entry[1], masks[place])) is not None:
                 asked.append((matcher, place))
-                guides.append(entry[0])
+                guides.append((entry[0], place))
         if asked:
             self._executor = self._executor or LLExecutor(self._num_threads)
             self._executor.unsafe_compute_mask_ptr(asked, masks.ctypes.data, wide * 4, len(masks))
-            for guide in guides:
-                guide.check()
+            for guide, place in guides:
+                guide.complete(masks[place])
         return masks if wide == self._words else np.ascontiguousarray(masks[:, : self._words])
 
 

@@ -32,9 +32,8 @@ Took = Literal["more", "complete", "refused"]
 class Guide(Protocol):
     """Follows a text by its grammar, and knows nothing of requests. Advanced by the ``Scheduler`` with every token it keeps."""
 
-    @property
-    def ahead(self) -> Sequence[int]:
-        """Tokens that come next for certain, so that no step has to sample them; may be empty."""
+    def ahead(self, skip: int, most: int) -> tuple[int, ...]:
+        """Tokens that come next for certain, so that no step has to sample them: at most ``most``, behind the next ``skip``."""
 
     @property
     def problem(self) -> str:
@@ -92,7 +91,7 @@ class Request:
         """Of the tokens that come for certain, those behind what steps in flight will bring, at most ``most``."""
         if self.guide is None or most <= 0:
             return ()
-        return tuple(self.guide.ahead[self.pending : self.pending + most])
+        return self.guide.ahead(self.pending, most)
 
     @property
     def running(self) -> bool:

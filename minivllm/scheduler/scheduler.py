@@ -189,13 +189,12 @@ class Scheduler:
         """Add tokens until one ends the request: why it ended, and how many were added."""
         known, stop_ids, limit, guide = request.token_ids, request.stop_ids, request.token_limit, request.guide
         for kept, token in enumerate(tokens, start=1):
+            took = "more" if guide is None else guide.take(token)
+            if guide is not None and took == "refused":  # also an end-of-text where the grammar allows none
+                return _Ending("error", error=guide.problem), kept - 1
             known.append(token)
             if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
                 return _Ending("stop", token if token in request.spec.sampling.stop_token_ids else None), kept
-            took = "more" if guide is None else guide.take(token)
-            if guide is not None and took == "refused":
-                known.pop()
-                return _Ending("error", error=guide.problem), kept - 1
             if took == "complete":
                 return _Ending("stop", complete=True), kept
             if len(known) >= limit:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -60,9 +61,13 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
         self._template = environment.from_string(source)
-        self._reads_parts = _loops_over_content(environment.parse(source))
+        tree = environment.parse(source)
+        self._reads_parts = _loops_over_content(tree)
+        ours = {"messages", "add_generation_prompt", *special_tokens, *environment.globals}
+        self.reads = frozenset(jinja2.meta.find_undeclared_variables(tree) - ours)  # names that a request may give
 
     def render(
         self,
@@ -85,7 +90,7 @@ class ChatTemplate:
             )
         chat = [self._plain(i, message) for i, message in enumerate(messages)]
         final = _mark_end(chat) if continue_final_message else ""
-        values = {"tools": None, "documents": None, **self._special_tokens, **template_values}
+        values = {"tools": None, "documents": None, **self.special_tokens, **template_values}
         text = self._run({**values, "messages": chat, "add_generation_prompt": add_generation_prompt})
         return _cut_at_mark(text, final) if continue_final_message else text
 
@@ -99,6 +104,8 @@ class ChatTemplate:
                 length += len(part)
                 if length > MAX_PROMPT_CHARS:
                     break
+        except MemoryError:
+            raise
         except Exception as exc:  # the template is a stranger's program: any way it can fail is about this request
             raise InvalidRequest(f"The model's chat template refused the messages: {exc}", "messages") from exc
         if length > MAX_PROMPT_CHARS:

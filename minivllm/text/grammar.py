@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequest
+from minivllm.text.grammar_size import check_pattern, check_schema
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import Grammar
 
@@ -59,15 +60,30 @@ def text_grammar(source: str) -> Grammar:
     return Grammar("lark", source)
 
 
+def json_in_lark(grammar: Grammar) -> str:
+    """A "json" grammar as a rule's right side in a larger grammar."""
+    whitespace = {"whitespace_flexible": False} if grammar.compact else {"whitespace_pattern": WHITESPACE}
+    schema = json.loads(grammar.source)
+    if schema is False:
+        raise InvalidRequest("The JSON Schema false allows no text; send another.")
+    return "%json " + json.dumps({**(schema if isinstance(schema, dict) else {}), "x-guidance": whitespace})
+
+
 def vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
     """A vocabulary as matchers walk it. ``vocab_size``: of the model's logits. Takes up to a second for 150,000 tokens."""
-    eos = [token for token in eos_token_ids if token < vocab_size] or [tokenizer.vocab_size - 1]
-    return LLTokenizer(tokenizer.as_json(), n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos)
+    return words_of(tokenizer.as_json(), max(vocab_size, tokenizer.vocab_size), eos_token_ids)
+
+
+def words_of(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """The same from the text of a tokenizer.json. ``vocab_size``: of logits or tokenizer, whichever has more."""
+    eos = [token for token in eos_token_ids if token < vocab_size] or [vocab_size - 1]
+    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
 
 
 def matcher(grammar: Grammar, words: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of a text. Raises ``InvalidRequest`` with llguidance's own words for a grammar that it cannot
     follow or that goes beyond the limits."""
+    _check_size(grammar)
     try:
         made = LLMatcher(words, _source(grammar), log_level=0, limits=LIMITS)
     except Exception as error:  # a stranger's text: any way in which reading it can fail is about this request
@@ -75,6 +91,23 @@ def matcher(grammar: Grammar, words: LLTokenizer) -> LLMatcher:
     if made.is_error():
         raise _refused(made.get_error())
     return made
+
+
+def try_out(grammar: Grammar, words: LLTokenizer) -> None:
+    """Make a matcher and let it begin: a lexer is built when it is first asked. Raises ``InvalidRequest``."""
+    made = matcher(grammar, words)
+    made.compute_ff_tokens()
+    made.compute_bitmask()
+    if made.is_error():
+        raise _refused(made.get_error())
+
+
+def _check_size(grammar: Grammar) -> None:
+    if grammar.kind == "json":
+        check_schema(json.loads(grammar.source))
+    else:
+        for line in grammar.source.splitlines():
+            check_pattern(line)
 
 
 def _source(grammar: Grammar) -> str:

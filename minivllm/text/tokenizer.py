@@ -20,6 +20,7 @@ from minivllm.errors import BrokenModelFolder, InvalidOption, InvalidRequest, Un
 from minivllm.model_files import read_json
 from minivllm.text.chat import ChatTemplate
 from minivllm.text.detokenizer import Detokenizer, Pieces
+from minivllm.text.guard import Guard, GuardedEncoder
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_LEVEL_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
@@ -41,26 +42,38 @@ class Tokenizer:
         self.has_chat_template = chat_template is not None
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())  # its JSON, as saved
         self._pieces = Pieces(backend, decoder, self.special_ids)
+        self.guard = Guard([token.content for token in added.values() if token.special])
+        self._guarded: GuardedEncoder | None = None  # made when a message first holds a special token
 
     def _id_of(self, token: str | None) -> int | None:
         found: int | None = None if token is None else self._backend.token_to_id(token)
         return found
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written so; None: there is none."""
+        found = self._id_of(text)
+        return found if found in self.special_ids else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; special tokens written out in it become their ids, as in transformers.
 
         Raises ``InvalidRequest`` for a lone surrogate: JSON can carry one ("\\ud800"), but it is no character.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise InvalidRequest(
-                f"The text holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character {exc.start}, which is no "
-                "character; send valid Unicode.",
-                "prompt",
-            ) from exc
+        _check_characters(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_chat(self, text: str, mark: str, add_special_tokens: bool = False) -> list[int]:
+        """The ids of a rendered chat in which ``guard`` put a mark into special tokens that users wrote ("": there were none).
+
+        Raises ``InvalidRequest`` as ``encode`` does.
+        """
+        if not mark:
+            return self.encode(text, add_special_tokens)
+        _check_characters(text)
+        if self._guarded is None:
+            self._guarded = GuardedEncoder(self._backend, self.guard)
+        return self._guarded.encode(text, mark, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD, ids the vocabulary lacks become nothing.
@@ -85,9 +98,21 @@ class Tokenizer:
         """One token as text, special or not; U+FFFD where it holds only a part of a character."""
         return self._pieces[token_id].decode("utf-8", "replace")
 
-    def detokenizer(self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        """A stream's way from ids to text, token by token."""
-        return Detokenizer(self._pieces, prompt_ids, skip_special_tokens)
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A stream's way from ids to text, token by token; of the special tokens ``shown_ids`` are never skipped."""
+        special = self.special_ids - shown_ids if shown_ids else self.special_ids
+        return Detokenizer(self._pieces, prompt_ids, special if skip_special_tokens else frozenset())
+
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises ``InvalidRequest`` when there is none."""
+        if self._chat_template is None:
+            raise InvalidRequest(
+                "This model has no chat template; use /v1/completions or start the server with --chat-template FILE.",
+                "messages",
+            )
+        return self._chat_template
 
     def render_chat(
         self,
@@ -101,17 +126,24 @@ class Tokenizer:
 
         Raises ``InvalidRequest`` when there is no template or it refuses the messages.
         """
-        if self._chat_template is None:
-            raise InvalidRequest(
-                "This model has no chat template; use /v1/completions or start the server with --chat-template FILE.",
-                "messages",
-            )
-        return self._chat_template.render(
+        return self.template().render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **template_values,
         )
+
+
+def _check_characters(text: str) -> None:
+    """Raise ``InvalidRequest`` for a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(
+            f"The text holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character {exc.start}, which is no "
+            "character; send valid Unicode.",
+            "prompt",
+        ) from exc
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Tokenizer:
