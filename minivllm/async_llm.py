@@ -24,9 +24,10 @@ from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, ServerOverloaded
 from minivllm.observe.metrics import Metrics
+from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineInfo, GenerateRequest, Grammar, RequestOutput, SamplingParams
+from minivllm.types import EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
 SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
 LARGEST_SHARE = 0.5  # of the one core that the event loop has
@@ -47,6 +48,7 @@ class Order:
     cache_salt: str = ""
     sample_index: int = 0  # which of the prompt's texts: part of the key of its random numbers
     fork_of: str | None = None  # the order of the same prompt whose blocks it may share
+    shown_ids: frozenset[int] = frozenset()  # special tokens that stand in the text
 
 
 class Pacer:
@@ -206,17 +208,12 @@ class AsyncLLM:
         self._held: set[Mailbox] = set()  # with text that waits for the next round
         self._round: asyncio.TimerHandle | None = None
         self._seeds = random.Random(config.model.seed)
+        self.helpers = Helpers(tokenizer, client.info)
 
     @property
     def info(self) -> EngineInfo:
         """What the engine settled on at start."""
         return self._client.info
-
-    def check_grammar(self, grammar: Grammar) -> None:
-        """Raise ``InvalidRequest`` for a grammar that cannot be followed. Takes its time; safe in any thread."""
-        from minivllm.text.grammar import matcher, vocabulary
-
-        matcher(grammar, vocabulary(self.tokenizer, self.info.vocab_size, self.info.eos_token_ids))
 
     @property
     def num_open(self) -> int:
@@ -274,9 +271,9 @@ class AsyncLLM:
         for order in orders:
             requests[order.id] = self._accept(order, requests)
         mailbox = Mailbox(tuple(requests), self._close_mailbox)
-        for request in requests.values():
+        for order, request in zip(orders, requests.values(), strict=True):
             self._mailboxes[request.id] = mailbox
-            self._outputs.add(request.id, request.prompt_ids, request.sampling)
+            self._outputs.add(request.id, request.prompt_ids, request.sampling, order.shown_ids)
             self._client.add(request)
         return mailbox
 
@@ -333,6 +330,7 @@ class AsyncLLM:
         )
 
     async def close(self) -> None:
-        """Stop the engine."""
+        """Stop the engine and the helpers."""
+        self.helpers.close()
         with contextlib.suppress(ConnectionError):
             await self._client.close()

@@ -51,6 +51,14 @@ class ModelConfig:
         int | None, Opt("Longest prompt plus output, in tokens; none: the model's, or what the cache holds.", low=1)
     ] = None
     chat_template: Annotated[str | None, Opt("File with a chat template to use instead of the model's.", common=False)] = None
+    tool_call_parser: Annotated[
+        str,
+        Opt("How the model writes calls of tools (hermes, llama3_json, mistral, qwen3_coder, qwen3_xml, deepseek_v3, pythonic, "
+            "openai); auto: as its chat template does.", common=False),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, Opt("How the model writes its reasoning (qwen3, deepseek_r1, openai_gptoss); empty: as plain text.", common=False)
+    ] = ""
     max_logprobs: Annotated[
         int, Opt("Likeliest tokens that a request may ask for at each position.", low=0, high=20, common=False)
     ] = 20

@@ -110,11 +110,11 @@ class LLM:
 
     def _check_grammar(self, grammar: Grammar) -> None:
         """Raise ``InvalidRequest`` for one that cannot be followed."""
-        from minivllm.text.grammar import matcher, vocabulary  # costs something, and few need it
+        from minivllm.text.grammar import try_out, vocabulary  # costs something, and few need it
 
         if self._vocabulary is None:
             self._vocabulary = vocabulary(self.tokenizer, self.info.vocab_size, self.info.eos_token_ids)
-        matcher(grammar, self._vocabulary)
+        try_out(grammar, self._vocabulary)
 
     def _another(self, first: GenerateRequest, sample_index: int, seed: int | None) -> GenerateRequest:
         """A further text of the same prompt."""

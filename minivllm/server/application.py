@@ -27,6 +27,7 @@ from minivllm.server.protocol import FORMS
 from minivllm.server.replies import ErrorReply, error_response
 from minivllm.server.routes import chat, completions, health, metrics, models, native, tokenize
 from minivllm.server.serving import Serving
+from minivllm.text.reply_parsers import parsers_of
 
 if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
@@ -37,7 +38,7 @@ logger = logging.getLogger("minivllm.server")
 
 def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, Any] = MappingProxyType({})) -> FastAPI:
     """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does).
-    ``sampling_defaults``: of the /v1 routes (``door.sampling_defaults``)."""
+    ``sampling_defaults``: of the /v1 routes (``door.sampling_defaults``). Raises ``InvalidOption`` for unknown parsers."""
     drain = Drain()
     app = FastAPI(
         title="mini-vLLM",
@@ -52,7 +53,9 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
             Exception: _unexpected,
         },
     )
-    app.state.serving = Serving(llm, config, int(time.time()), drain, sampling_defaults)
+    template = llm.tokenizer.template().source if llm.tokenizer.has_chat_template else None
+    parsers = parsers_of(config.model.tool_call_parser, config.model.reasoning_parser, template)
+    app.state.serving = Serving(llm, config, int(time.time()), drain, parsers, sampling_defaults)
     for route in (native, completions, chat, models, tokenize, health, metrics):
         app.include_router(route.router)
     _describe_bodies(app)

@@ -37,20 +37,14 @@ NOT_SERVED: Values = MappingProxyType(
         "kv_transfer_params": (),
         "vllm_xargs": ({},),
         # chat
-        "tools": ([],),
-        "tool_choice": ("none",),
         "functions": ([],),
         "function_call": ("none",),
-        "reasoning_effort": (),
-        "include_reasoning": (True,),
         "verbosity": (),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "documents": ([],),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
         "store": (False,),
@@ -58,7 +52,7 @@ NOT_SERVED: Values = MappingProxyType(
     }
 )
 
-# Fields that label a request or steer what does not exist here (billing, tool calls); any value is let through.
+# Fields that label a request or steer what does not exist here (billing, caches of another kind); any value is let through.
 HARMLESS = frozenset(
     {
         "user",
@@ -67,7 +61,6 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",
     }
 )
 
@@ -78,10 +71,6 @@ MESSAGE_NOT_SERVED: Values = MappingProxyType(
         "annotations": ([],),
         "audio": (),
         "function_call": (),
-        "tool_calls": ([],),
-        "tool_call_id": (),
-        "reasoning": (),
-        "reasoning_content": (),
     }
 )
 

@@ -132,6 +132,7 @@ async def serve(
     server.tick()
     await server.listen()
     pump = asyncio.create_task(llm.run())
+    llm.helpers.begin()
     try:
         with _signals(server):
             if on_ready is not None:

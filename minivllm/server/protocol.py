@@ -6,14 +6,14 @@ protocol send it. Defaults: a field of the request beats the model's generation_
 /v1 samples at temperature 1 as its clients expect, /generate is greedy and looks at no such file.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from minivllm.errors import InvalidRequest, MalformedBody, UnsupportedField
-from minivllm.server.fields import HARMLESS, MESSAGE_NOT_SERVED, NATIVE_NOT_SERVED, NOT_SERVED, Form, check_not_served
+from minivllm.errors import InvalidRequest, MalformedBody
+from minivllm.server.fields import HARMLESS, NATIVE_NOT_SERVED, NOT_SERVED, Form
 from minivllm.server.structured import ResponseFormat, StructuredOutputs
+from minivllm.server.tools import Choice
 from minivllm.types import SETTLED, SamplingParams
 
 MAX_STOPS = 64  # each is searched for at every token
@@ -82,14 +82,6 @@ class CompletionBody(OpenAIFields, kw_only=True):
     echo: bool | None = None  # texts begin with their prompt
 
 
-class ChatMessageBody(msgspec.Struct):
-    """One message; content is a text or parts of type "text"."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
-    name: str | None = None
-
-
 class ChatBody(OpenAIFields, kw_only=True):
     """Body of /v1/chat/completions. ``max_completion_tokens`` is the newer name of ``max_tokens`` and beats it."""
 
@@ -97,8 +89,15 @@ class ChatBody(OpenAIFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None  # likeliest tokens to tell of each position
     max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None  # for the template
+    reasoning_effort: str | None = None  # for the template
+    chat_template_kwargs: dict[str, Any] | None = None  # whatever else the template reads
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -110,6 +109,8 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -193,44 +194,3 @@ def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int
     if ids or len({type(p) for p in many}) > 1:
         raise MalformedBody("prompt mixes texts, token ids and lists of them; send one kind.", "body.prompt")
     return many
-
-
-def messages_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat's messages as templates want them: role, content as one text, and a name where given.
-
-    Raises ``InvalidRequest``, ``MalformedBody``, ``UnsupportedField`` with the place in ``param``.
-    """
-    if not messages:
-        raise InvalidRequest("messages is empty; send at least one message.", "messages")
-    return [_message(f"messages[{i}]", m) for i, m in enumerate(messages)]
-
-
-def _message(place: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """One message, checked."""
-    for name, value in fields.items():
-        if name not in ChatMessageBody.__struct_fields__:
-            try:
-                check_not_served(name, value, MESSAGE_NOT_SERVED)
-            except UnsupportedField:
-                raise UnsupportedField(f"{place}.{name}") from None
-    try:
-        message = msgspec.convert(fields, ChatMessageBody)
-    except msgspec.ValidationError as e:
-        reason = str(e).split(" - at ")[0]
-        reason = "Unknown role" if reason.startswith("Invalid enum value") else reason
-        raise MalformedBody(f"{reason} in {place}; a message has a role and a text as its content.", f"body.{place}") from None
-    content = message.content
-    if not isinstance(content, str):
-        content = "\n".join(_text_part(f"{place}.content[{i}]", part) for i, part in enumerate(content))
-    plain: dict[str, Any] = {"role": message.role, "content": content}
-    return plain if message.name is None else {**plain, "name": message.name}
-
-
-def _text_part(place: str, part: dict[str, Any]) -> str:
-    """The text of one content part."""
-    if part.get("type") != "text":
-        raise UnsupportedField(f"{place}.type", 'only parts of type "text" are served')
-    text = part.get("text")
-    if not isinstance(text, str) or len(part) != 2:
-        raise MalformedBody('A text part is {"type": "text", "text": "..."} and nothing else.', f"body.{place}")
-    return text

@@ -61,17 +61,35 @@ class Completion(
     usage: Usage | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True, gc=False):
+    """Which function is to be called, and with what, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class MessageCall(msgspec.Struct, frozen=True, gc=False, tag_field="type", tag="function"):
+    """A call of a tool."""
+
+    id: str
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, frozen=True, gc=False):
     """The assistant's whole answer; what this server does not make is null or empty."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: tuple[()] = ()
-    reasoning: None = None
+    tool_calls: tuple[MessageCall, ...] = ()
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # the same by its older name
+
+
+ChatFinish = FinishReason | Literal["tool_calls"]
 
 
 class ChatChoice(msgspec.Struct, frozen=True, gc=False):
@@ -79,7 +97,7 @@ class ChatChoice(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     message: ChatMessage
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinish | None
     stop_reason: int | str | None
     logprobs: ChatLogprobs | None = None
     token_ids: TokenIds = msgspec.UNSET
@@ -96,11 +114,30 @@ class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_fi
     prompt_token_ids: TokenIds = msgspec.UNSET
 
 
+class DeltaFunction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The next piece of a call: at first its function's name, then more of its arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class DeltaCall(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The next piece of one of an answer's calls; only its first has an id."""
+
+    index: int
+    function: DeltaFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
 class Delta(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The next piece of an answer."""
 
     role: str | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # the same by its older name
+    tool_calls: tuple[DeltaCall, ...] = ()
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, gc=False):
@@ -118,7 +155,7 @@ class LastChunkChoice(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     delta: Delta
-    finish_reason: FinishReason
+    finish_reason: ChatFinish
     stop_reason: int | str | None
     logprobs: ChatLogprobs | None = None
     token_ids: TokenIds = msgspec.UNSET

@@ -18,6 +18,8 @@ from minivllm.config import Config
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
 from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
+from minivllm.server.messages import Chat
+from minivllm.text.reply_parsers import Parsers
 from minivllm.types import Grammar, RequestOutput, SamplingParams
 
 F = TypeVar("F", bound=msgspec.Struct)
@@ -32,6 +34,7 @@ class Serving:
     config: Config
     created: int  # unix time
     drain: Drain = field(default_factory=Drain)
+    parsers: Parsers = field(default_factory=Parsers)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the /v1 routes: what the model's makers advise
 
     def model_name(self, asked: str | None) -> str:
@@ -51,7 +54,24 @@ class Serving:
     async def check_grammar(self, grammar: Grammar | None) -> None:
         """See whether the engine will be able to follow it, beside the event loop. Raises ``InvalidRequest``."""
         if grammar is not None:
-            await asyncio.to_thread(self.llm.check_grammar, grammar)
+            await self.llm.helpers.check(grammar)
+
+    async def encode_chat(self, chat: Chat, add_special_tokens: bool = False) -> tuple[str, list[int]]:
+        """The prompt of a conversation, as text and as ids. Special tokens that users wrote into it are plain text there.
+        Raises ``InvalidRequest``."""
+        tokenizer = self.llm.tokenizer
+        (messages, values), mark = tokenizer.guard.marked([list(chat.messages), dict(chat.values)])
+        text = await self.llm.helpers.render(
+            messages,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            **values,
+        )
+        if len(text) > LONG_TEXT_CHARS:
+            ids = await asyncio.to_thread(tokenizer.encode_chat, text, mark, add_special_tokens)
+        else:
+            ids = tokenizer.encode_chat(text, mark, add_special_tokens)
+        return (text.replace(mark, "") if mark else text), ids
 
     def room_for(self, wanted: int, num_prompt: int) -> int:
         """A route's default of output tokens, cut to what the context has left; 1 where nothing is left, which is refused."""

@@ -130,9 +130,9 @@ class Detokenizer:
     if nothing is generated, nothing is.
     """
 
-    def __init__(self, pieces: Pieces, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(self, pieces: Pieces, prompt_ids: Sequence[int], skipped_ids: frozenset[int]) -> None:
         self._pieces = pieces
-        self._skipped = pieces.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True  # no token has counted yet
         self._strip_left = pieces.strip_count

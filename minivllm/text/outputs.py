@@ -22,6 +22,7 @@ class _Open:
     stops: StopMatcher | None
     sampling: SamplingParams
     num_prompt: int
+    shown_ids: frozenset[int]
     num_output: int = 0
     num_cached: int = 0
 
@@ -53,15 +54,19 @@ class OutputProcessor:
         """Number of open requests."""
         return len(self._open)
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """Begin a request. Raises ``ValueError`` for an id that is open already."""
+    def add(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, shown_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """Begin a request; special tokens ``shown_ids`` stand in its text. Raises ``ValueError`` for an id that is open
+        already."""
         if request_id in self._open:
             raise ValueError(f"request {request_id!r} is open already")
         self._open[request_id] = _Open(
-            detokenizer=self._tokenizer.detokenizer(prompt_ids, sampling.skip_special_tokens),
+            detokenizer=self._tokenizer.detokenizer(prompt_ids, sampling.skip_special_tokens, shown_ids),
             stops=StopMatcher(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None,
             sampling=sampling,
             num_prompt=len(prompt_ids),
+            shown_ids=shown_ids,
         )
 
     def drop(self, request_id: str) -> None:
@@ -112,6 +117,7 @@ def _advance_with_care(state: _Open, event: TokenEvent) -> RequestOutput:
     finish_reason, stop_reason = event.finish_reason, event.stop_reason
     # The token that ended it (eos or a stop token) counts as output, but its text is shown only on request.
     hides_last = finish_reason == "stop" and not event.complete and not state.sampling.include_stop_str_in_output
+    hides_last = hides_last and event.token_ids[-1] not in state.shown_ids
     num_shown = len(event.token_ids) - hides_last
     text: list[str] = []
     taken = 0

@@ -75,6 +75,13 @@ class ReasoningParser(ReplyParser, Protocol):
         """``prompt``: the text before the reply, whose end says whether the reply begins inside the reasoning."""
         ...
 
+    @property
+    def reasons(self) -> Literal["yes", "maybe", "no"]:
+        """Asked before the text comes: whether it begins with reasoning. "maybe": if it begins with ``OPENER``."""
+        ...
+
+    OPENER: ClassVar[str]
+
 
 @dataclass
 class Call:

@@ -47,11 +47,11 @@ class LiveServer:
 
     @property
     def engine_pid(self) -> int:
-        """The engine process: the server's only child."""
+        """The engine process, among the server's children."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        (engine,) = [child for child in children if "engine" in Path(f"/proc/{child}/cmdline").read_text()]
+        return int(engine)
 
     def metrics(self) -> dict[str, float]:
         return dict(httpx.get(self.url + "/metrics", timeout=30).json())

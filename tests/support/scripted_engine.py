@@ -89,6 +89,11 @@ class ScriptedClient:
     def num_open(self) -> int:
         return len(self._open)
 
+    @property
+    def num_sent(self) -> list[int]:
+        """Tokens of each request that runs."""
+        return [o.sent for o in self._open.values()]
+
     def add(self, request: GenerateRequest) -> None:
         self.added.append(request)
         self._open[request.id] = _Open(request)
@@ -156,8 +161,9 @@ def scripted_top(count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
 class Live:
     """A real server on a scripted engine, in a thread of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, delay_s: float = 0.0) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config, delay_s: float = 0.0, context: int = 512) -> None:
         self.tokenizer = tokenizer
+        self.context = context
         self.config = config
         self.delay_s = delay_s
         self.client: ScriptedClient
@@ -175,10 +181,11 @@ class Live:
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.client = ScriptedClient(self.tokenizer, delay_s=self.delay_s)
+        self.client = ScriptedClient(self.tokenizer, self.context, self.delay_s)
         self.llm = AsyncLLM(self.client, self.tokenizer, self.config, metrics_for(self.config, self.client.info))
         self.app = create_app(self.llm, self.config)
         self.exit_code = await serve(self.app, self.config, self.llm, self._is_ready)
+        self.llm.helpers.close()
 
     def _is_ready(self, server: Server) -> None:
         self.server = server

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
 from starlette.requests import Request
@@ -10,13 +13,15 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import RequestError
+from minivllm.server.answers import Answer, Reading
+from minivllm.server.demands import Demands
 from minivllm.server.logprobs import LogprobTexts
-from minivllm.server.protocol import CHAT, ChatBody, chat_logprobs_of, messages_of, sampling_of, truncated
+from minivllm.server.messages import Chat, chat_of
+from minivllm.server.protocol import CHAT, ChatBody, chat_logprobs_of, sampling_of, truncated
 from minivllm.server.replies import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
-    ChatMessage,
     ChunkChoice,
     Delta,
     Head,
@@ -30,6 +35,7 @@ from minivllm.server.replies import (
 from minivllm.server.serving import Serving, read_json, serving
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.structured import grammar_of
+from minivllm.server.tools import Offer, offer_of
 from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
 from minivllm.types import RequestOutput
 
@@ -43,73 +49,127 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, CHAT)
     head = Head(new_id("chatcmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
-    orders = await _orders(s, body, head.id)
+    orders, reading = await _orders(s, body, head.id)
     counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
+    telling = _Telling(head, counts, asked, reading)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, asked))
-    return json_response(_whole(await s.whole(orders, request), head, counts, asked))
+        return EventStream(s, orders, _Script(telling, usage))
+    return json_response(_whole(await s.whole(orders, request), telling))
 
 
-async def _orders(s: Serving, body: ChatBody, request_id: str) -> list[Order]:
-    """What is to be generated as answers: n of them."""
+async def _orders(s: Serving, body: ChatBody, request_id: str) -> tuple[list[Order], Reading]:
+    """What is to be generated as answers, n of them, and how they are read."""
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
-    grammar = grammar_of(body.response_format, body.structured_outputs)
-    sampling = sampling_of(body, **s.sampling_defaults, logprobs=chat_logprobs_of(body), grammar=grammar)
+    offer = offer_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+    demands = Demands(grammar_of(body.response_format, body.structured_outputs), offer, s.parsers, s.llm.tokenizer)
+    logprobs = chat_logprobs_of(body)
+    sampling = sampling_of(body, **s.sampling_defaults, logprobs=logprobs)  # what is out of range is refused before any work
+    text, ids = await s.encode_chat(_chat(s, body, offer), bool(body.add_special_tokens))
+    reasoner = None if s.parsers.reasoning is None else partial(s.parsers.reasoning, text)
+    grammar = demands.grammar(None if reasoner is None else reasoner())
     await s.check_grammar(grammar)
-    goes_on = bool(body.continue_final_message)
-    text = s.llm.tokenizer.render_chat(
-        messages_of(body.messages),
-        add_generation_prompt=(not goes_on) if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=goes_on,
+    ids = truncated(ids, body, s.llm.info.max_model_len)
+    orders = s.orders(
+        request_id, ids, msgspec.structs.replace(sampling, grammar=grammar), body.priority or 0, body.cache_salt or ""
     )
-    ids = truncated(await s.encode(text, bool(body.add_special_tokens)), body, s.llm.info.max_model_len)
-    return s.orders(request_id, ids, sampling, body.priority or 0, body.cache_salt or "")
+    reading = Reading(
+        lambda: s.parsers.reader(offer.functions, None if reasoner is None else reasoner()),
+        offer.named,
+        s.parsers.short_call_ids,
+        tells_reasoning=body.include_reasoning is not False,
+    )
+    shown_ids = frozenset(filter(None, map(s.llm.tokenizer.special_id, s.parsers.marks(offer.functions))))
+    return [replace(order, shown_ids=shown_ids) for order in orders] if shown_ids else orders, reading
 
 
-def _whole(outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked) -> ChatCompletion:
+def _chat(s: Serving, body: ChatBody, offer: Offer) -> Chat:
+    """The conversation as the template takes it."""
+    values = {
+        "tools": list(offer.described),
+        "documents": body.documents,
+        "reasoning_effort": body.reasoning_effort,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    reads = s.llm.tokenizer.template().reads
+    return chat_of(body.messages, reads, body.add_generation_prompt, body.continue_final_message, values)
+
+
+def _whole(outputs: Sequence[RequestOutput], telling: "_Telling") -> ChatCompletion:
     """The reply that holds every answer."""
-    for i, output in enumerate(outputs):
-        counts.see(i, output)
-    choices = tuple(
-        ChatChoice(i, ChatMessage(o.text), o.finish_reason, o.stop_reason, asked.logprobs.chat(o), asked.new(o))
-        for i, o in enumerate(outputs)
-    )
+    head, counts, asked = telling.head, telling.counts, telling.asked
+    choices: list[ChatChoice] = []
+    for i, o in enumerate(outputs):
+        counts.see(i, o)
+        answer = Answer(telling.reading)
+        message = answer.message(o)
+        logprobs = asked.logprobs.chat(o)
+        choices.append(ChatChoice(i, message, answer.finish_reason(o.finish_reason), o.stop_reason, logprobs, asked.new(o)))
     told, prompt = counts.usage(), asked.prompt(0)
     return ChatCompletion(
-        id=head.id, created=head.created, model=head.model, choices=choices, usage=told, prompt_token_ids=prompt
+        id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=told, prompt_token_ids=prompt
     )
+
+
+@dataclass(frozen=True)
+class _Telling:
+    """What whole replies and streams have in common."""
+
+    head: Head
+    counts: Counts
+    asked: Asked
+    reading: Reading
 
 
 class _Script:
-    """For each answer the role, then a chunk for each piece of text, then one with the finish reason."""
+    """For each answer the role, then a chunk for each piece of it, then one with the finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked) -> None:
-        self._head = head
+    def __init__(self, telling: _Telling, usage: StreamUsage) -> None:
+        self._head = telling.head
         self._usage = usage
-        self._counts = counts
-        self._asked = asked
-        self._pieces: dict[int, TextEvents] = {}  # of each answer that has begun
+        self._counts = telling.counts
+        self._asked = telling.asked
+        self._reading = telling.reading
+        self._plain = telling.reading.plain
+        self._answers: dict[int, Answer] = {}  # those that have begun
+        self._texts: dict[int, TextEvents] = {}
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
-        """Up to three chunks."""
+        """A chunk for each piece, behind the role and before the finish reason where they are due."""
         self._counts.see(index, output)
         parts: list[bytes] = []
-        if index not in self._pieces:
-            begun = self._asked.prompt(index) if not self._pieces else UNSET  # all answers have one prompt
+        if index not in self._answers:
+            begun = self._asked.prompt(index) if not self._answers else UNSET  # all answers have one prompt
+            self._answers[index] = Answer(self._reading)
             parts.append(self._chunk(ChunkChoice(index, Delta("assistant", "")), begun))
-            head, choice = self._head, ChunkChoice(index, Delta(None, MARK))
-            self._pieces[index] = TextEvents(ChatChunk(id=head.id, created=head.created, model=head.model, choices=(choice,)))
-        if self._asked.prompts is not None or output.logprobs or (output.text and self._usage.each):
-            logprobs, ids = self._asked.logprobs.chat(output), self._asked.new(output)
-            parts.append(self._chunk(ChunkChoice(index, Delta(None, output.text), logprobs, token_ids=ids)))
-        elif output.text:
-            parts.append(self._pieces[index].event(output.text))
+        answer = self._answers[index]
+        tells_more = self._asked.prompts is not None or bool(output.logprobs)  # something beside the text
+        if self._plain and not tells_more and not self._usage.each:
+            if output.text:
+                parts.append(self._text_events(index).event(output.text))
+        else:
+            deltas = answer.deltas(output)
+            if tells_more and not deltas:
+                deltas = [Delta(None, "")]
+            logprobs, ids = (self._asked.logprobs.chat(output), self._asked.new(output)) if tells_more else (None, UNSET)
+            for delta in deltas:
+                parts.append(self._chunk(ChunkChoice(index, delta, logprobs, token_ids=ids)))
+                logprobs, ids = None, UNSET  # they are of the whole output and told once
         if output.finish_reason is not None:
-            parts.append(self._chunk(LastChunkChoice(index, Delta(), output.finish_reason, output.stop_reason)))
+            reason = answer.finish_reason(output.finish_reason) or output.finish_reason
+            parts.append(self._chunk(LastChunkChoice(index, Delta(), reason, output.stop_reason)))
         return b"".join(parts)
+
+    def _text_events(self, index: int) -> TextEvents:
+        """Chunks with a text and nothing else to tell."""
+        found = self._texts.get(index)
+        if found is None:
+            head, choice = self._head, ChunkChoice(index, Delta(None, MARK))
+            found = TextEvents(ChatChunk(id=head.id, created=head.created, model=head.model, choices=(choice,)))
+            self._texts[index] = found
+        return found
 
     def end(self) -> bytes:
         """The usage where it was asked for, and the mark."""

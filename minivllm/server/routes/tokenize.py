@@ -5,9 +5,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.errors import InvalidRequest
-from minivllm.server.protocol import DETOKENIZE, TOKENIZE, TokenizeBody, messages_of
+from minivllm.server.messages import chat_of
+from minivllm.server.protocol import DETOKENIZE, TOKENIZE, TokenizeBody
 from minivllm.server.replies import Tokens, json_response
 from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.tools import offer_of
 
 router = APIRouter()
 
@@ -28,14 +30,16 @@ async def _ids(s: Serving, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Send either prompt or messages.", "prompt")
     if body.messages is not None:
-        text = s.llm.tokenizer.render_chat(
-            messages_of(body.messages),
-            add_generation_prompt=_or(body.add_generation_prompt, not body.continue_final_message),
-            continue_final_message=_or(body.continue_final_message, False),
-        )
-        return await s.encode(text, _or(body.add_special_tokens, False))
-    if body.add_generation_prompt is not None or body.continue_final_message is not None:
-        raise InvalidRequest("add_generation_prompt and continue_final_message belong to messages.", "messages")
+        values = {
+            "tools": list(offer_of(body.tools, None, None).described),
+            "chat_template_kwargs": body.chat_template_kwargs,
+        }
+        reads = s.llm.tokenizer.template().reads
+        chat = chat_of(body.messages, reads, body.add_generation_prompt, body.continue_final_message, values)
+        return (await s.encode_chat(chat, bool(body.add_special_tokens)))[1]
+    for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
+        if getattr(body, name) is not None:
+            raise InvalidRequest(f"{name} belongs to messages; leave it out with prompt.", name)
     return await s.encode(body.prompt or "", _or(body.add_special_tokens, True))
 
 

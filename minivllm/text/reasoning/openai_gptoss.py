@@ -9,7 +9,7 @@ channel that has a recipient is a call, not a thought, and goes on too.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.held import Outlet
@@ -22,6 +22,7 @@ class OpenAIGptOss:
     """Takes the reasoning out of a harmony text. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = MARKS
+    OPENER: ClassVar[str] = ""  # its header says what a message is
     END: ClassVar[str] = "<|channel|>final<|message|>"
 
     def __init__(self, prompt: str) -> None:
@@ -32,6 +33,11 @@ class OpenAIGptOss:
         self._said = False  # an earlier one has
         if prompt[-len(_OPEN) :] == _OPEN:  # the reply begins inside the reasoning
             self._read(self._messages.feed(_OPEN))
+
+    @property
+    def reasons(self) -> Literal["yes"]:
+        """Asked before the text comes: something always stands before the answer, be it a header alone."""
+        return "yes"
 
     def feed(self, text: str) -> Sequence[Piece]:
         """Take the next part of the text."""

@@ -15,7 +15,7 @@ reasoning nor content. A block that is never closed is reasoning to its end.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from minivllm.text.reply import Piece
 from minivllm.text.tools.held import SPACE, Content, MarkWatch, Outlet
@@ -28,6 +28,7 @@ class Qwen3:
     """Parts the reasoning from the answer. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = (_START, _END)
+    OPENER: ClassVar[str] = _START
     END: ClassVar[str] = _END
     _UNMARKED: ClassVar[bool] = False  # the reasoning may begin without its mark
 
@@ -39,6 +40,13 @@ class Qwen3:
         self._watch = MarkWatch((_START,))
         self._inside = tail.endswith(_START) or (self._UNMARKED and not tail.endswith(_END))
         self._state = self._answer if tail.endswith(_END) else self._begin
+
+    @property
+    def reasons(self) -> Literal["yes", "maybe", "no"]:
+        """Asked before the text comes: whether it begins with reasoning."""
+        if self._state == self._answer:
+            return "no"
+        return "yes" if self._inside else "maybe"
 
     def feed(self, text: str) -> Sequence[Piece]:
         """Take the next part of the text."""

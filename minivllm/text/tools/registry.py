@@ -20,6 +20,18 @@ PARSERS: Final[dict[str, str]] = {
     "openai": "minivllm.text.tools.openai:OpenAI",
 }
 
+# What the first call of a text begins with, where that is always the same and nothing else begins so.
+TRIGGERS: Final[dict[str, str]] = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "qwen3_coder": "<tool_call>",
+    "qwen3_xml": "<tool_call>",
+    "deepseek_v3": "<｜tool▁calls▁begin｜>",
+}
+
+# Parsers whose models' templates take nothing but ids of nine letters and digits when a call is handed back.
+SHORT_CALL_IDS: Final = frozenset({"mistral"})
+
 # A parser and the texts that a template for it holds, all of them. The first that fits is taken: what is peculiar stands before
 # what others hold as well.
 _NEEDLES: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
