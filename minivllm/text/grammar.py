@@ -20,7 +20,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequest
-from minivllm.text.grammar_size import check_pattern, check_schema
+from minivllm.text.grammar_size import check_pattern, check_forced
+from minivllm.text.json_schema import allowed_escapes, check_schema, reason_in_words
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import Grammar
 
@@ -43,8 +44,11 @@ def json_grammar(schema: str | bool | Mapping[str, Any], compact: bool = False) 
             schema = json.loads(schema)
         except (ValueError, RecursionError):
             raise InvalidRequest("The JSON Schema is not valid JSON; send it as a JSON object.") from None
-    if not isinstance(schema, bool | Mapping):
-        raise InvalidRequest("A JSON Schema is an object (or true); send one.")
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest("A JSON Schema that a text can follow is an object (or true); send one.")
+    check_schema(schema)
     return Grammar("json", json.dumps(schema, ensure_ascii=False), compact)
 
 
@@ -116,11 +120,22 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
-    if grammar.compact:
-        return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
-    return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": WHITESPACE})
+    # Each option is set, so that none can come with the schema (llguidance reads them from "x-guidance"): `lenient` there would
+    # drop what cannot be enforced without a word.
+    options: dict[str, Any] = {
+        "lenient": False,
+        "coerce_one_of": False,
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": not grammar.compact,
+        "whitespace_pattern": None if grammar.compact else WHITESPACE,
+        "json_allowed_escapes": allowed_escapes(json.loads(grammar.source)),
+        "json_allow_general_unicode_escapes": False,
+    }
+    return LLMatcher.grammar_from_json_schema(grammar.source, overrides=options)  # type: ignore[arg-type]
 
 
 def _refused(reason: str) -> InvalidRequest:
     short = " ".join(reason.split())[:300]
-    return InvalidRequest(f"The grammar cannot be followed here: {short}; change or simplify it.")
+    words = reason_in_words(reason)
+    return InvalidRequest(words or f"The grammar cannot be followed here: {short}; change or simplify it.")

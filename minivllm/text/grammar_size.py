@@ -21,7 +21,7 @@ def check_pattern(source: str) -> None:
         )
 
 
-def check_schema(schema: Any) -> None:
+def check_forced(schema: Any) -> None:
     """The same for what a JSON Schema may force: patterns, constants and names. Raises ``InvalidRequest``."""
     for keyword, text in _forcing(schema):
         if keyword in ("pattern", "patternProperties"):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from minivllm.errors import InvalidRequest
-from minivllm.text.grammar_size import MAX_FORCED, _written, check_pattern, check_schema
+from minivllm.text.grammar_size import MAX_FORCED, _written, check_pattern, check_forced
 
 
 @pytest.mark.parametrize(
@@ -33,19 +33,19 @@ def test_what_is_too_long() -> None:
     for pattern in (f"a{{{len(long)}}}", "a{1000}{1000}", "((a{100}){100}){100}", long, "a{9}{9}{9}{9}{9}"):
         with pytest.raises(InvalidRequest, match="lower the numbers"):
             check_pattern(pattern)
-    check_schema({"type": "string", "pattern": "^[a-z]{1000}$", "description": "x" * 50_000, "maxLength": 10**6})
+    check_forced({"type": "string", "pattern": "^[a-z]{1000}$", "description": "x" * 50_000, "maxLength": 10**6})
     for schema in (
         {"const": long}, {"enum": [1, {"a": [long]}]}, {"properties": {long: {}}}, {"$defs": {"a": [{"const": {long: 1}}]}},
         {"properties": {"a": {"items": {"pattern": "(a{1000}){1000}"}}}}, {"patternProperties": {"(a{1000}){1000}": True}},
     ):  # fmt: skip
         with pytest.raises(InvalidRequest):
-            check_schema(schema)
+            check_forced(schema)
 
 
 def test_depth_is_no_danger() -> None:
     deep: object = {"const": "x"}
     for _ in range(50_000):
         deep = {"items": deep}
-    check_schema(deep)
+    check_forced(deep)
     assert _written("(" * 100_000 + "a" + ")" * 100_000) == 1
     assert _written("a{2}" * 20_000) == 40_000
