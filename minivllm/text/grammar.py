@@ -49,7 +49,10 @@ def json_grammar(schema: str | bool | Mapping[str, Any], compact: bool = False) 
     if not isinstance(schema, Mapping):
         raise InvalidRequest("A JSON Schema that a text can follow is an object (or true); send one.")
     check_schema(schema)
-    return Grammar("json", json.dumps(schema, ensure_ascii=False), compact)
+    try:
+        return Grammar("json", json.dumps(schema, ensure_ascii=False), compact)
+    except RecursionError:
+        raise InvalidRequest("The JSON Schema is nested too deeply; flatten it with `$defs` and `$ref`.") from None
 
 
 def choice_grammar(choices: Sequence[str]) -> Grammar:

@@ -137,6 +137,14 @@ def test_parts_are_all_schemas_inside() -> None:
     assert sum(1 for _ in parts(deep)) == 50_001  # as deep as anybody likes
 
 
+def test_a_schema_nested_too_deeply_is_refused(words: LLTokenizer) -> None:
+    deep: Any = {}
+    for _ in range(50_000):
+        deep = {"items": deep}
+    assert "nested too deeply" in refusal(words, deep)
+    assert "not valid JSON" in refusal(words, '{"items":' * 50_000 + "{}" + "}" * 50_000)
+
+
 def test_true_is_any_json(words: LLTokenizer) -> None:
     assert admits(words, True, '[1, {"a": null}]') and not admits(words, True, "[1")
     assert allowed_escapes({}) == 'nrbtf\\"u'
