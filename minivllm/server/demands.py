@@ -55,10 +55,10 @@ class Demands:
             return asked
         if asked.kind != "json":
             raise InvalidRequest("Beside tools only a JSON format can be asked for; leave one out.", "structured_outputs")
-        from minivllm.text.grammar import json_in_lark  # imports llguidance, which most servers never need
-
+        schema = {**json.loads(asked.source), **({"x-guidance": {"whitespace_flexible": False}} if asked.compact else {})}
         start, _, rest = self._calls().partition("start:")
-        return Grammar("lark", f"start: answer | calls\nanswer: {json_in_lark(asked)}\n{start}calls:{rest}")
+        answer = json.dumps(schema, ensure_ascii=False)
+        return Grammar("lark", f"start: answer | calls\nanswer: %json {answer}\n{start}calls:{rest}")
 
     def _calls_once_begun(self) -> Grammar:
         """Free text, until the model begins a call."""

@@ -13,6 +13,7 @@ output with them without ever leaving the grammar; several engines of this field
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -20,12 +21,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequest
-from minivllm.text.grammar_size import check_pattern, check_forced
+from minivllm.text.grammar_size import check_forced, check_pattern
 from minivllm.text.json_schema import allowed_escapes, check_schema, reason_in_words
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import Grammar
 
 WHITESPACE: Final = r"(\x20|\r?\n[\x20\t]{0,32})?"
+COMPACT: Final = {"whitespace_flexible": False}  # "x-guidance" of a schema inside a grammar whose JSON has no whitespace
 MAX_CHOICES: Final = 1024
 LIMITS: Final = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # about 20 ms
@@ -67,15 +69,6 @@ def text_grammar(source: str) -> Grammar:
     return Grammar("lark", source)
 
 
-def json_in_lark(grammar: Grammar) -> str:
-    """A "json" grammar as a rule's right side in a larger grammar."""
-    whitespace = {"whitespace_flexible": False} if grammar.compact else {"whitespace_pattern": WHITESPACE}
-    schema = json.loads(grammar.source)
-    if schema is False:
-        raise InvalidRequest("The JSON Schema false allows no text; send another.")
-    return "%json " + json.dumps({**(schema if isinstance(schema, dict) else {}), "x-guidance": whitespace})
-
-
 def vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
     """A vocabulary as matchers walk it. ``vocab_size``: of the model's logits. Takes up to a second for 150,000 tokens."""
     return words_of(tokenizer.as_json(), max(vocab_size, tokenizer.vocab_size), eos_token_ids)
@@ -90,9 +83,10 @@ def words_of(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> L
 def matcher(grammar: Grammar, words: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of a text. Raises ``InvalidRequest`` with llguidance's own words for a grammar that it cannot
     follow or that goes beyond the limits."""
-    _check_size(grammar)
     try:
         made = LLMatcher(words, _source(grammar), log_level=0, limits=LIMITS)
+    except InvalidRequest:
+        raise
     except Exception as error:  # a stranger's text: any way in which reading it can fail is about this request
         raise _refused(str(error)) from None
     if made.is_error():
@@ -109,33 +103,58 @@ def try_out(grammar: Grammar, words: LLTokenizer) -> None:
         raise _refused(made.get_error())
 
 
-def _check_size(grammar: Grammar) -> None:
-    if grammar.kind == "json":
-        check_schema(json.loads(grammar.source))
-    else:
-        for line in grammar.source.splitlines():
-            check_pattern(line)
-
-
 def _source(grammar: Grammar) -> str:
-    """The grammar in llguidance's own form."""
+    """The grammar in llguidance's own form. Raises ``InvalidRequest`` for what must not be followed."""
     if grammar.kind == "regex":
+        check_pattern(grammar.source)
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
-    # Each option is set, so that none can come with the schema (llguidance reads them from "x-guidance"): `lenient` there would
-    # drop what cannot be enforced without a word.
-    options: dict[str, Any] = {
+        return LLMatcher.grammar_from_lark(_lark(any_to_lark(grammar.source)))
+    schema = json.loads(grammar.source)
+    options = _json_options(schema, grammar.compact)
+    return LLMatcher.grammar_from_json_schema(grammar.source, overrides=options)  # type: ignore[arg-type]
+
+
+def _json_options(schema: Mapping[str, Any], compact: bool) -> dict[str, Any]:
+    """How JSON of a checked schema is written. Each option is set, so that none can come with the schema (llguidance reads them
+    from "x-guidance"): ``lenient`` there would drop what cannot be enforced without a word."""
+    check_forced(schema)
+    check_schema(schema)
+    return {
         "lenient": False,
         "coerce_one_of": False,
         "item_separator": ",",
         "key_separator": ":",
-        "whitespace_flexible": not grammar.compact,
-        "whitespace_pattern": None if grammar.compact else WHITESPACE,
-        "json_allowed_escapes": allowed_escapes(json.loads(grammar.source)),
+        "whitespace_flexible": not compact,
+        "whitespace_pattern": None if compact else WHITESPACE,
+        "json_allowed_escapes": allowed_escapes(schema),
         "json_allow_general_unicode_escapes": False,
     }
-    return LLMatcher.grammar_from_json_schema(grammar.source, overrides=options)  # type: ignore[arg-type]
+
+
+def _lark(source: str) -> str:
+    """A checked grammar. Schemas in it (``%json {...}``) are held to what every schema is held to."""
+    parts: list[str] = []
+    at = 0
+    for found in re.finditer(r"%json\s", source):
+        if found.start() < at:
+            continue  # inside a schema
+        try:
+            schema, end = json.JSONDecoder().raw_decode(source, found.end())
+        except (ValueError, RecursionError):
+            continue  # llguidance says what is wrong with it
+        if not isinstance(schema, dict):
+            continue
+        options = _json_options(schema, compact=schema.get("x-guidance") == COMPACT)
+        parts += [_line_by_line(source[at : found.end()]), json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)]
+        at = end
+    return "".join([*parts, _line_by_line(source[at:])])
+
+
+def _line_by_line(source: str) -> str:
+    for line in source.splitlines():
+        check_pattern(line)
+    return source
 
 
 def _refused(reason: str) -> InvalidRequest:

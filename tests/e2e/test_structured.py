@@ -100,6 +100,8 @@ def test_other_kinds(client: openai.OpenAI, server: LiveServer) -> None:
         ({"response_format": {"type": "json_schema"}}, "needs json_schema"),
         ({"response_format": {"type": "json_object", "schema": {}}}, "unknown field `schema`"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
+        ({"structured_outputs": {"regex": "a{1000}{1000}{1000}"}}, "lower the numbers"),
+        ({"structured_outputs": {"grammar": 'start: a\na: %json {"not": {}}'}}, "uses `not`"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(client: openai.OpenAI, asked: dict[str, Any], says: str) -> None:

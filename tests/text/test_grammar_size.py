@@ -5,7 +5,7 @@ import re
 import pytest
 
 from minivllm.errors import InvalidRequest
-from minivllm.text.grammar_size import MAX_FORCED, _written, check_pattern, check_forced
+from minivllm.text.grammar_size import MAX_FORCED, _written, check_forced, check_pattern
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from minivllm.text.grammar import WHITESPACE
 from minivllm.text.reply import Kind, Piece
 
 SPACE: Final = " \t\r\n"
@@ -211,12 +210,11 @@ def length_of(schema: Any) -> tuple[int, int | str]:
 
 def json_rule(schema: Any, root: Mapping[str, Any] | None = None) -> str:
     """The right side of a grammar's rule for JSON text that a schema describes. ``root``: the schema around it, whose
-    definitions it may refer to. Whitespace is bounded as in every grammar of this program."""
+    definitions it may refer to."""
     whole = dict(schema) if isinstance(schema, Mapping) else {}
     if root is not None and '"$ref"' in json_text(whole):
         for name in DEFINITIONS & root.keys():
             whole.setdefault(name, root[name])
-    whole["x-guidance"] = {"whitespace_pattern": WHITESPACE}
     return "%json " + json_text(whole)
 
 

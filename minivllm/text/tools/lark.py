@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 
-from minivllm.text.grammar import WHITESPACE
 from minivllm.text.reply import Function
 
 
@@ -14,8 +13,7 @@ def quoted(text: str) -> str:
 
 def arguments(function: Function) -> str:
     """The JSON text of a function's arguments. Always an object, as nothing else is a call."""
-    schema = {**function.parameters, "type": "object", "x-guidance": {"whitespace_pattern": WHITESPACE}}
-    return "%json " + json.dumps(schema, ensure_ascii=False)
+    return "%json " + json.dumps({**function.parameters, "type": "object"}, ensure_ascii=False)
 
 
 def choice(rule: str, functions: Sequence[Function], before: Callable[[str], str], after: str) -> list[str]:
