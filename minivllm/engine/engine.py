@@ -83,15 +83,17 @@ class Engine:
     def add(self, request: GenerateRequest) -> None:
         """Queue a request; raises ``RequestError`` for one that can never run. Of one that follows a grammar it may only turn
         out later that it cannot run; its last event says so."""
-        if request.sampling.grammar is None:
+        if (grammar := request.sampling.grammar) is None:
             self._scheduler.add(request)
             return
         if self._grammars is None:
             raise InvalidRequest("This engine follows no grammars; leave out what asks for structured output.", "grammar")
         if request.id in self._preparing:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
-        hurries = request.sampling.logprobs is None
-        self._preparing[request.id] = (request, self._grammars.prepare(request.sampling.grammar, hurries=hurries))
+        sampling = request.sampling
+        # Tokens that are certain are not sampled, unless somebody has a say in them or wants to know how likely they were.
+        hurries = sampling.logprobs is None and sampling.allowed_token_ids is None and not sampling.bad_word_ids
+        self._preparing[request.id] = (request, self._grammars.prepare(grammar, hurries=hurries))
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests; their blocks are free before the next step is planned."""
@@ -147,10 +149,10 @@ class Engine:
         return refused
 
     def _step(self) -> EngineOutput | None:
-        if self._awaits_masks:
+        plan = self._scheduler.schedule(self._clock())
+        if self._awaits_masks:  # after planning, which the device need not wait for: it may be at the step's body still
             self._awaits_masks = False
             self._sample_guided(*self._in_flight[-1])
-        plan = self._scheduler.schedule(self._clock())
         if plan is not None:
             pending = self._executor.launch(plan)
             self._in_flight.append((plan, pending))

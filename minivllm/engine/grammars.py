@@ -16,7 +16,7 @@ is kept for the next request with that grammar, within a bound of bytes.
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +40,15 @@ class Guide:
     the model's choice too. Then its first token decides: the *opener* (``<think>``), or what the grammar begins with.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, grammar: Grammar, *, hurries: bool) -> None:
-        """``hurries``: certain tokens need not be sampled (somebody who wants logprobs wants those of every token)."""
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: LLTokenizer, grammar: Grammar, vocab_size: int, *, hurries: bool
+    ) -> None:
+        """``vocab_size``: of the logits; tokenizers may have more. ``hurries``: tokens that are certain need not be sampled."""
         self.problem = ""
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._hurries = hurries
+        self._vocab_size = vocab_size
         self._awaited = deque(text.encode() for text in grammar.begins_after)  # the text is free until these have come
         self._keeps_last = grammar.keeps_last
         self._opener: deque[int] = deque(grammar.opener_ids)  # what may still come of it
@@ -102,7 +105,7 @@ class Guide:
 
     def _look_ahead(self) -> None:
         """Settle the tokens that are certain now."""
-        certain = self._matcher.compute_ff_tokens()[:MOST_CERTAIN]
+        certain = list(takewhile(self._vocab_size.__gt__, self._matcher.compute_ff_tokens()[:MOST_CERTAIN]))
         self._certain = deque(certain)
         if certain and not self._matcher.consume_tokens(certain):
             self.problem = _TOO_COMPLEX
@@ -141,6 +144,7 @@ class Grammars:
     def __init__(self, make_vocabulary: Callable[[], LLTokenizer], vocab_size: int, num_threads: int) -> None:
         """``vocab_size``: of the logits. ``num_threads``: how many compute masks at the same time."""
         self._make_vocabulary = make_vocabulary
+        self._vocab_size = vocab_size
         self._words = -(-vocab_size // 32)
         self._num_threads = num_threads
         self._made: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # the latest used last
@@ -166,7 +170,7 @@ class Grammars:
                 self._bytes -= cost_bytes(self._made.popitem(last=False)[0])
         elif next(reversed(self._made)) != key:
             self._made.move_to_end(key)
-        return Guide(made.deep_copy(), self._vocabulary, grammar, hurries=hurries)
+        return Guide(made.deep_copy(), self._vocabulary, grammar, self._vocab_size, hurries=hurries)
 
     def masks(self, guided: Sequence[tuple[Guide, int] | None]) -> npt.NDArray[np.int32]:
         """One mask [words of 32 tokens] for each: of the token behind a number of certain ones. None: any token may come."""

@@ -198,6 +198,16 @@ class DeviceRunner:
         token_ids, finite = self._draw.draw(logits, wishes)
         self._put(token_ids, finite, wishes)
 
+    def guided_head(self, num_rows: int, guided: Guided) -> None:
+        """As ``head``, where some of the rows follow a grammar. What it rules out is not looked at, whatever it is."""
+        logits, wishes = self.decoder.head(self.stage.sampled[:num_rows]), self.stage.wishes[:num_rows]
+        self._rule_out(logits, guided)
+        token_ids, finite = self._draw.draw(logits, wishes, masked=True)
+        self._put(token_ids, finite, wishes)
+
+    def _rule_out(self, logits: Tensor, guided: Guided) -> None:
+        self.ops.rule_out(logits, *(to_device(page, logits.device) for page in guided))
+
     def _put(self, token_ids: Tensor, finite: Tensor, wishes: Tensor) -> None:
         """Put tokens [num_rows] where the next step and the host read them."""
         self.stage.kernels.put(token_ids, finite, wishes, self.stage.tokens, self.stage.chosen[: len(token_ids)])
@@ -207,7 +217,9 @@ class DeviceRunner:
     ) -> tuple[npt.NDArray[np.int32], RowLogprobs | None, torch.cuda.Event | None]:
         """Launch the head; the tokens and the logprobs as they will stand on the host, and the event after which they do."""
         count, logprobs = len(step.sampling), None
-        if guided is not None or not plain:
+        if plain and guided is not None:
+            self.guided_head(count, guided)
+        elif not plain:
             found = self.tail(step, asking, guided)
             logprobs = None if found is None else to_host(found)
         elif not self.graphs.run(HEAD, count):
@@ -221,8 +233,7 @@ class DeviceRunner:
         return host.numpy(), logprobs, arrived
 
     def tail(self, step: RowStep, asking: Asking | None = None, guided: Guided | None = None) -> RowLogprobs | None:
-        """In place of ``head``, for rows that ask for anything that the sampler knows, for logprobs, which it gives, or that
-        follow a grammar."""
+        """In place of ``head``, for rows that ask for anything that the sampler knows, or for logprobs, which it gives."""
         count = len(step.sampling)
         logits = self.decoder.head(self.stage.sampled[:count])  # [num_sampled, vocab] float32
         finite = self.ops.choose(logits)[1]
@@ -230,7 +241,7 @@ class DeviceRunner:
         where = None if asking is None else to_device(asking.places, logits.device)
         raw = None if where is None else logits[where]
         if guided is not None:
-            self.ops.rule_out(logits, *(to_device(page, logits.device) for page in guided))
+            self._rule_out(logits, guided)
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         token_ids = self.sampler.sample(logits, rows, positions, self.stage.tokens)
         self._put(token_ids, finite, self.stage.wishes[:count])

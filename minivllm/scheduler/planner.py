@@ -103,7 +103,8 @@ class Planner:
             most = min(draft.budget - count, request.room - request.num_known_at_start)
             forced = request.forced(min(most, request.token_limit - len(request.token_ids) - 1))
             draft.add(request, count + len(forced), 1 + len(forced), (), forced)
-        published = self._kv.publish(request.uid, request.token_ids, request.scheduled)
+        # What is certain is not known yet: its blocks become findable with the step's result, as those of sampled tokens do.
+        published = self._kv.publish(request.uid, request.token_ids, min(request.scheduled, request.num_known_at_start))
         draft.published.extend((request.uid, block) for block in published)
 
     def _admit_waiting(self, draft: StepDraft) -> None:

@@ -119,10 +119,10 @@ class Scheduler:
         return flight.plan
 
     def guides(self, plan: StepPlan) -> list[tuple[Guide, int] | None]:
-        """For each of the newest plan's ``grammar_rows``: who follows its text, and how many certain tokens stand between the
-        known ones and the one to be sampled. None: it ended. The results of all older plans must have been applied."""
+        """For each of the oldest plan's ``grammar_rows``: who follows its text, and how many certain tokens stand between the
+        known ones and the one to be sampled. None: it ended."""
         if not self._flights or self._flights[0].plan is not plan:
-            raise ValueError(f"step {plan.step} is not the only one in flight")
+            raise ValueError(f"step {plan.step} is not the oldest in flight")
         guided = [e for e in self._flights[0].entries if e.adds and e.request.guide is not None]
         live = self._book.live
         return [
