@@ -85,10 +85,11 @@ def merged(outputs: Sequence[RequestOutput]) -> RequestOutput:
         return outputs[0]
     token_ids = tuple([token_id for output in outputs for token_id in output.token_ids])
     text, last = "".join([output.text for output in outputs]), outputs[-1]
-    if not any(output.logprobs for output in outputs):
+    if not any(output.logprobs or output.prompt_logprobs for output in outputs):
         return msgspec.structs.replace(last, text=text, token_ids=token_ids)
     logprobs = tuple([found for output in outputs for found in output.logprobs])
-    return msgspec.structs.replace(last, text=text, token_ids=token_ids, logprobs=logprobs)
+    of_prompt = tuple([found for output in outputs for found in output.prompt_logprobs])
+    return msgspec.structs.replace(last, text=text, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
 class Mailbox:

@@ -70,8 +70,9 @@ def _override(text: str) -> dict[str, Any]:
 def spell(sampling: SamplingParams, tokenizer: Encodes, vocab_size: int, max_logprobs: int) -> SamplingParams:
     """Check what names tokens, and settle which tokens ``bad_words`` are written with: each as it is and as it follows a space,
     in the way that the tokenizer writes it. (A model may find other tokens for the same letters.) Raises ``InvalidRequest``."""
-    if sampling.logprobs is not None and sampling.logprobs > min(max_logprobs, vocab_size):
-        raise InvalidRequest(f"This server tells logprobs of at most {max_logprobs} tokens (--max-logprobs).", "logprobs")
+    for name, count in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if count is not None and count > min(max_logprobs, vocab_size):
+            raise InvalidRequest(f"This server tells logprobs of at most {max_logprobs} tokens (--max-logprobs).", name)
     named = {"logit_bias": [token for token, _ in sampling.logit_bias], "allowed_token_ids": sampling.allowed_token_ids or ()}
     for name, ids in named.items():
         if any(not 0 <= token < vocab_size for token in ids):

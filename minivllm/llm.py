@@ -36,6 +36,7 @@ class Completion:
     stop_reason: int | str | None = None
     num_cached: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of ``token_ids``, where they were asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of ``prompt_ids``, where asked for; of the first, None
 
 
 class LLM:
@@ -78,10 +79,13 @@ class LLM:
         requests, done = [], {}
         for prompt, params in zip(prompts, each, strict=True):
             first = self._request(prompt, params)
+            of_prompt: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
             for i in range(params.n):
                 request = first if i == 0 else self._another(first, i, params.seed)
                 requests.append(request)
-                done[request.id] = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
+                completion = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
+                completion.prompt_logprobs = of_prompt  # the first is told of them, and all have one prompt
+                done[request.id] = completion
         try:
             for request in requests:
                 self.engine.add(request)
@@ -119,7 +123,8 @@ class LLM:
     def _another(self, first: GenerateRequest, sample_index: int, seed: int | None) -> GenerateRequest:
         """A further text of the same prompt."""
         self._next_id += 1
-        sampling = msgspec.structs.replace(first.sampling, seed=self._seeds.getrandbits(63) if seed is None else seed)
+        drawn = self._seeds.getrandbits(63) if seed is None else seed
+        sampling = msgspec.structs.replace(first.sampling, seed=drawn, prompt_logprobs=None)
         return msgspec.structs.replace(
             first, id=f"local-{self._next_id}", sampling=sampling, sample_index=sample_index, fork_of=first.id
         )
@@ -149,6 +154,8 @@ def _extend(completion: Completion, output: RequestOutput) -> None:
     completion.text += output.text
     completion.token_ids += output.token_ids
     completion.logprobs += output.logprobs
+    if completion.prompt_logprobs is not None:
+        completion.prompt_logprobs += output.prompt_logprobs
     completion.finish_reason = output.finish_reason
     completion.stop_reason = output.stop_reason
     completion.num_cached = output.num_cached

@@ -31,7 +31,7 @@ SETTLED = frozenset({"bad_word_ids"})  # fields of SamplingParams that no user g
 
 # What a row wants of a step (RowWork.wants), as bits.
 WANT_SAMPLE = 1  # logits of the last position and a token from them
-WANT_PROMPT_LOGPROBS = 2  # logprobs of every prompt position in the chunk
+WANT_PROMPT_LOGPROBS = 2  # logprobs of the prompt's tokens that follow those of the chunk
 WANT_POOL = 4  # the final hidden state instead of a token
 
 
@@ -70,6 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     max_tokens: int | None = None  # None: as many as fit into the context
     min_tokens: int = 0
     logprobs: int | None = None  # likeliest tokens to tell of each position beside the chosen one; None: no logprobs
+    prompt_logprobs: int | None = None  # the same of each position of the prompt but the first
     logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit; a token once
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     bad_words: tuple[str, ...] = ()
@@ -128,8 +129,10 @@ def _check_sampling(p: SamplingParams) -> None:
         raise InvalidRequest(f"max_tokens must be at least 1, got {p.max_tokens}.", "max_tokens")
     if p.min_tokens < 0 or (p.max_tokens is not None and p.min_tokens > p.max_tokens):
         raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({p.max_tokens}), got {p.min_tokens}.", "min_tokens")
-    if p.logprobs is not None and not 0 <= p.logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be from 0 to {MAX_LOGPROBS}, got {p.logprobs}.", "logprobs")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(p, name)
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise InvalidRequest(f"{name} must be from 0 to {MAX_LOGPROBS}, got {count}.", name)
     if len(p.logit_bias) > MAX_BIASED or len({token for token, _ in p.logit_bias}) < len(p.logit_bias):
         raise InvalidRequest(f"logit_bias may name at most {MAX_BIASED} tokens, each once.", "logit_bias")
     if any(not (math.isfinite(value) and -100.0 <= value <= 100.0) for _, value in p.logit_bias):
@@ -275,7 +278,7 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What a step gave, by position as in ``StepPlan.work``.
 
     ``tokens[i]`` holds one token for a sampled row, several when drafts were accepted, none for an unfinished chunk.
-    ``bad_rows`` are positions in ``work`` whose logits were not finite.
+    ``bad_rows`` are positions in ``work`` whose logits were not finite. ``prompt_logprobs`` is empty where no work wants any.
     """
 
     step: int
@@ -283,6 +286,7 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     times: StepTimes
     bad_rows: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = ()  # of each work's token, where some row asked; else empty
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()  # of each work, of the prompt's tokens that follow its tokens
     pooled: tuple[tuple[float, ...], ...] = ()
 
 
@@ -302,6 +306,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for
     complete: bool = False  # its grammar ended it: the last token belongs to the text, which a stop token does not
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens after those told before; the first has none
 
 
 class FinishedTimes(msgspec.Struct, frozen=True, gc=False):
@@ -397,3 +402,4 @@ class RequestOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     num_cached: int = 0
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens after those told before; the first has none

@@ -105,10 +105,12 @@ class Allocator:
         self.release(uid)
         del self._held[uid]
 
-    def admit(self, uid: int, token_ids: Sequence[int], headroom: int = 0) -> Admission | None:
-        """Give blocks for all of ``token_ids``, sharing what is cached, or None when fewer than ``headroom`` blocks would be
-        left. At least the last token is left to compute: its logits are wanted."""
-        hits = self._find_prefix(uid, token_ids)
+    def admit(
+        self, uid: int, token_ids: Sequence[int], headroom: int = 0, *, reads_cache: bool = True
+    ) -> Admission | None:
+        """Give blocks for all of ``token_ids``, sharing what is cached unless all is to be computed, or None when fewer than
+        ``headroom`` blocks would be left. At least the last token is left to compute: its logits are wanted."""
+        hits = self._find_prefix(uid, token_ids) if reads_cache else [[] for _ in self._pools]
         fresh = self.blocks_for(len(token_ids)) - (len(hits[0]) if hits else 0)
         if not self._room(hits, fresh, headroom):
             return None

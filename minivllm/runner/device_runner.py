@@ -24,7 +24,7 @@ from minivllm.kernels.reference import RowLogprobs
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.runner.batch import to_device
 from minivllm.runner.graphs import Graphs, Part, ladder
-from minivllm.runner.logprobs import Asking, LogprobRows, by_work, to_host, told
+from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
 from minivllm.runner.runner import Loaded, Masks, RowSampler, copy_blocks, guided_places, refuse_unbuilt
@@ -69,6 +69,7 @@ class DevicePending:
         self.arrived: torch.cuda.Event | None = None
         self.asking: Asking | None = None
         self.logprobs: RowLogprobs | None = None  # of the rows that ask; read after ``arrived``
+        self.of_prompts: PromptLogprobs | None = None
         self.done = False
 
     @torch.inference_mode()
@@ -103,7 +104,8 @@ class DevicePending:
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if self.logprobs is not None and self.asking is not None and self.step is not None:
             logprobs = by_work(told(self.logprobs, self.asking), self.step.sampling.tolist(), len(self.plan.work))
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs)
+        of_prompts = () if self.of_prompts is None else self.of_prompts.by_work(len(self.plan.work))
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs, of_prompts)
 
 
 class DeviceRunner:
@@ -159,10 +161,12 @@ class DeviceRunner:
         starts = self.stage.send(step, self.runs, self._wishes(rows, positions), seating)
         self.rows.advance(step)
         part = MIXED if not decode else DECODE if seating is None else SHARED
-        if not self.graphs.run(part, num_tokens):
+        pending = DevicePending(self, plan, step, plain)
+        if len(step.telling) or not self.graphs.run(part, num_tokens):  # a captured piece keeps its hidden states to itself
             host = self.stage.on_host(step, starts, self.rows, num_tokens)
-            self.body(num_tokens, decode, host, shared=seating is not None)
-        return DevicePending(self, plan, step, plain)
+            hidden = self.hidden(num_tokens, decode, host, shared=seating is not None)
+            pending.of_prompts = self.logprob_rows.of_prompts(step, self.rows.num_prompt, hidden, self.stage.tokens, self)
+        return pending
 
     @contextmanager
     def failing_whole(self) -> Iterator[None]:
@@ -187,9 +191,14 @@ class DeviceRunner:
 
     def body(self, num_tokens: int, decode: bool, host: AttnMeta | None, *, shared: bool = False) -> None:
         """From the page to the hidden states that logits are wanted of. Can be captured when ``host`` is None."""
+        self.hidden(num_tokens, decode, host, shared=shared)
+
+    def hidden(self, num_tokens: int, decode: bool, host: AttnMeta | None, *, shared: bool = False) -> Tensor:
+        """The same; the hidden states [num_tokens, hidden] of all tokens."""
         batch = self.stage.batch(num_tokens, decode, self.backend, host, shared)
-        hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
+        hidden = self.decoder.body(batch, self.caches)
         torch.index_select(hidden, 0, batch.logit_rows, out=self.stage.sampled[: len(batch.logit_rows)])
+        return hidden
 
     def head(self, num_rows: int) -> None:
         """From hidden states to tokens, for rows that ask for a temperature at most. Can be captured."""

@@ -5,7 +5,7 @@ this is the one copy of that state on the runner's side.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minivllm.types import WANT_SAMPLE, NewRow, RowWork
+from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, NewRow, RowWork
 
 Int64 = npt.NDArray[np.int64]
 
@@ -30,6 +30,7 @@ class RowStep:
     lengths: Int64  # [num_rows]: tokens of this step
     ends: Int64  # [num_rows]: context after the step
     sampling: Int64  # [num_sampled]: places in the work whose row gets a token
+    telling: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # those that want logprobs of their prompt
 
 
 class Told(Protocol):
@@ -108,7 +109,8 @@ class Rows:
         of_row = np.array([w.row for w in work], dtype=np.int64)
         lengths = np.array([w.num_tokens for w in work], dtype=np.int64)
         uids = np.array([w.uid for w in work], dtype=np.int64)
-        samples = np.array([w.wants & WANT_SAMPLE for w in work], dtype=np.bool_)
+        wants = np.array([w.wants for w in work], dtype=np.int64)
+        samples = (wants & WANT_SAMPLE) != 0
         ends, known = self.computed[of_row] + lengths, self.known[of_row]
         space = self.num_blocks[:, of_row].min(0) * self.block_size
         if (bad := _first(self.uid[of_row] != uids)) is not None:
@@ -119,7 +121,7 @@ class Rows:
             raise PlanError(f"row {of_row[bad]} is to sample after token {ends[bad]}, but {known[bad]} are known")
         if (bad := _first(ends > space)) is not None:
             raise PlanError(f"row {of_row[bad]} has {space[bad] // self.block_size} blocks, too few for {ends[bad]} tokens")
-        return RowStep(of_row, lengths, ends, np.flatnonzero(samples))
+        return RowStep(of_row, lengths, ends, np.flatnonzero(samples), np.flatnonzero(wants & WANT_PROMPT_LOGPROBS))
 
     def advance(self, step: RowStep) -> None:
         """The step is launched: its tokens count as computed, and each row that samples gets one more."""

@@ -23,9 +23,9 @@ from minivllm.kernels.ops import Ops
 from minivllm.kernels.reference import RowLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.runner.batch import Sampled, build_batch, to_device
-from minivllm.runner.logprobs import Asking, LogprobRows, by_work, told
+from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_work, told
 from minivllm.runner.rows import Int64, PlanError, Rows, TokenTable
-from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
+from minivllm.types import WANT_POOL, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
 
 Masks = npt.NDArray[np.int32]  # [grammar rows of a plan, words of 32 tokens]
 
@@ -96,6 +96,7 @@ class Pending:
         self.bad: Tensor | None = None  # [num_sampled]: logits that are not numbers
         self.asking: Asking | None = None
         self.logprobs: RowLogprobs | None = None  # of the rows that ask
+        self.of_prompts: PromptLogprobs | None = None
         self.done = False
 
     @torch.inference_mode()
@@ -136,7 +137,8 @@ class Pending:
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if self.logprobs is not None and self.asking is not None and self.sampled is not None:
             logprobs = by_work(told(self.logprobs, self.asking), self.sampled.work, len(self.plan.work))
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs)
+        of_prompts = () if self.of_prompts is None else self.of_prompts.by_work(len(self.plan.work))
+        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs, of_prompts)
 
 
 class Runner:
@@ -166,9 +168,10 @@ class Runner:
         batch, sampled = build_batch(step, self.rows, self.table.tokens, self.backend)
         self.rows.advance(step)
         hidden = self.decoder.body(batch, self.caches)  # [num_tokens, hidden]
-        if not sampled.work:
-            return Pending(self, plan, None, None)
-        return Pending(self, plan, hidden.index_select(0, batch.logit_rows), sampled)
+        chosen = hidden.index_select(0, batch.logit_rows) if sampled.work else None
+        pending = Pending(self, plan, chosen, sampled)
+        pending.of_prompts = self.logprob_rows.of_prompts(step, self.rows.num_prompt, hidden, self.table.tokens, self)
+        return pending
 
     def prepare_more(self) -> bool:
         """Nothing is left: this runner is as fast at once as it will be."""
@@ -205,7 +208,7 @@ def refuse_unbuilt(plan: StepPlan) -> None:
     for work in plan.work:
         if work.draft_ids:
             raise PlanError("draft tokens are not built")
-        if work.wants & ~WANT_SAMPLE:
-            raise PlanError("prompt logprobs and pooling are not built")
+        if work.wants & WANT_POOL:
+            raise PlanError("pooling is not built")
     if any(copy.group for copy in plan.copies):
         raise PlanError("there is one KV group only")

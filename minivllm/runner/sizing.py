@@ -15,6 +15,7 @@ from minivllm.config import Config
 from minivllm.errors import InvalidOption, NotEnoughMemory
 from minivllm.models.spec import ModelSpec
 from minivllm.runner.kv_cache import KVShape
+from minivllm.runner.logprobs import LEAST_SLICE
 
 CPU_SHARE = 0.4  # of the memory that is free: a server shares its machine
 GPU_SHARE = 0.9  # of the device's memory
@@ -125,7 +126,8 @@ def workspace_bytes(config: Config, spec: ModelSpec, dtype: torch.dtype, length:
     context = 2 * length * kv_heads * (4 if config.runner.batch_invariant else size) + 256 * length * 5  # gathered K, V; mask
     mlp = tokens * spec.intermediate_size * 4 * size
     body = stream + max(qkv + context, mlp)
-    logits = min(seqs, tokens) * spec.vocab_size * 4 * 3  # float32, and a sampler's sorted copy with its indices
+    rows = min(max(seqs, LEAST_SLICE), tokens)  # sampled, or a slice of a prompt whose logprobs are wanted
+    logits = rows * spec.vocab_size * 4 * 3  # float32, and a sampler's sorted copy with its indices
     rope = length * spec.rope.rotary_dim * 4 if spec.rope else 0  # cos and sin of every position
     tables = seqs * (length + 1) * 4 + seqs * -(-length // config.cache.block_size) * 4
     return max(body, logits) + rope + tables

@@ -13,6 +13,9 @@ from minivllm.scheduler.request import NO_ROW, Request
 from minivllm.scheduler.sharing import Sharing
 from minivllm.types import GenerateRequest
 
+# What a request that begins again keeps.
+_KEPT = ("claim", "token_ids", "guide", "cached", "failures", "prompt_told", "scheduled_s", "first_token_s", "last_token_s")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -92,7 +95,7 @@ class Book:
         """Begin again with the tokens it has under a new uid, so that results still in flight are dropped."""
         self.leave(request)
         fresh = self.make(request.spec)
-        for name in ("claim", "token_ids", "guide", "cached", "failures", "scheduled_s", "first_token_s", "last_token_s"):
+        for name in _KEPT:
             setattr(fresh, name, getattr(request, name))
         fresh.num_preemptions = request.num_preemptions + 1
         self.enter(fresh)

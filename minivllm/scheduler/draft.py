@@ -7,7 +7,7 @@ import msgspec
 
 from minivllm.kv.allocator import BlockIds
 from minivllm.scheduler.request import Request
-from minivllm.types import WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, SharedPrefix, StepPlan
+from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, SharedPrefix, StepPlan
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -18,6 +18,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     adds: int  # tokens that it may add: 0 for an unfinished chunk, more than 1 with drafts
     prefill: bool
     forced: tuple[int, ...] = ()  # the first of what it adds: tokens that were certain when it was planned
+    start: int = 0  # position of its first token
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class StepDraft:
         start = request.scheduled
         prefill = start < request.num_known_at_start
         wants = WANT_SAMPLE if adds else 0
+        if start < request.prompt_asked and request.prompt_told < min(start + num_tokens, request.prompt_asked):
+            wants |= WANT_PROMPT_LOGPROBS
         self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), wants, forced))
-        self.entries.append(Entry(request, num_tokens, adds, prefill, forced))
+        self.entries.append(Entry(request, num_tokens, adds, prefill, forced, start))
         if adds and request.guide is not None:
             self.grammar_rows.append(request.row)
         self.rows.append(RowRecord(request.spec.id, start, num_tokens, "prefill" if prefill else "decode"))

@@ -149,13 +149,13 @@ class Planner:
         if available <= request.blocked_at:
             return None  # nothing came free since it last did not fit
         parent = self._book.live.get(request.fork_of) if request.fork_of is not None else None
-        if parent is not None and parent.running and parent.computed:
+        if parent is not None and parent.running and parent.computed and request.reads_cache:
             common = min(parent.computed, len(request.token_ids) - 1)
             if parent.token_ids[:common] == request.token_ids[:common]:
                 admission = self._kv.fork(parent.uid, request.uid, request.token_ids, common, headroom)
                 request.blocked_at = -1 if admission else available
                 return admission
-        admission = self._kv.admit(request.uid, request.token_ids, headroom)
+        admission = self._kv.admit(request.uid, request.token_ids, headroom, reads_cache=request.reads_cache)
         request.blocked_at = -1 if admission else available
         return admission
 

@@ -49,7 +49,8 @@ class Request:
     __slots__ = (
         "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "guide", "in_flight",
         "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
-        "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
+        "prompt_asked", "prompt_told", "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids",
+        "token_ids", "token_limit", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: int, spec: GenerateRequest, eos_token_ids: Sequence[int], max_model_len: int) -> None:
@@ -71,6 +72,8 @@ class Request:
         self.planned_in = -1  # the newest step that has work for it
         self.num_known_at_start = len(self.token_ids)  # known tokens when it last began to run: all of them are prefill
         self.cached: int | None = None  # prompt tokens found in the prefix cache when it first ran
+        self.prompt_asked = 0 if sampling.prompt_logprobs is None else self.num_prompt - 1  # prompt tokens to tell logprobs of
+        self.prompt_told = 0  # of these, those that were told: in their order, the prompt's second token first
         self.num_preemptions = 0
         self.failures = 0  # failed steps in a row that it was part of
         self.overtaken = 0  # later requests admitted while it waited for blocks
@@ -92,6 +95,11 @@ class Request:
         if self.guide is None or most <= 0:
             return ()
         return self.guide.ahead(self.pending, most)
+
+    @property
+    def reads_cache(self) -> bool:
+        """False while logprobs of its prompt are due: they come of computing it."""
+        return self.prompt_told == self.prompt_asked
 
     @property
     def running(self) -> bool:

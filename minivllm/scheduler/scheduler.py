@@ -46,6 +46,7 @@ class _Ending(NamedTuple):
 
 
 _GOES_ON = _Ending()
+_Logprobs = tuple[TokenLogprobs, ...]
 
 
 class Scheduler:
@@ -144,13 +145,14 @@ class Scheduler:
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 found = result.logprobs[i] if result.logprobs else None
-                self._apply_entry(entry, tokens, now, events, () if found is None else (found,))
+                of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
+                self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
     def _apply_entry(
-        self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent], logprobs: tuple[TokenLogprobs, ...]
+        self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent], found: tuple[_Logprobs, _Logprobs]
     ) -> None:
-        request = entry.request
+        request, (logprobs, of_prompt) = entry.request, found
         request.in_flight -= 1
         request.pending -= entry.adds
         request.failures = 0
@@ -161,7 +163,10 @@ class Scheduler:
             rejected = entry.adds - len(entry.forced) - len(tokens)
             request.scheduled -= rejected
             request.computed += entry.num_tokens - rejected
+        request.prompt_told += len(of_prompt)
         if not tokens:
+            if of_prompt:
+                events.append(TokenEvent(request.spec.id, (), num_cached=request.cached or 0, prompt_logprobs=of_prompt))
             return
         known = request.token_ids
         end = _GOES_ON
@@ -177,9 +182,10 @@ class Scheduler:
         cached = request.cached or 0
         events.append(
             TokenEvent(
-                request.spec.id, tuple(tokens), end.reason, end.stop_reason, cached, end.error, logprobs, end.complete
+                request.spec.id, tuple(tokens), end.reason, end.stop_reason, cached, end.error, logprobs, end.complete,
+                of_prompt,
             )
-        )
+        )  # fmt: skip
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
         if end.reason is not None:
@@ -266,3 +272,8 @@ class Scheduler:
                 problems.append(f"request {r.uid} miscounts what is in flight")
         if problems:
             raise RuntimeError("scheduler: " + "; ".join(problems))
+
+
+def _untold(entry: Entry, found: _Logprobs) -> _Logprobs:
+    """Of logprobs of the prompt's tokens, those that the request was not told before it was preempted."""
+    return found[max(entry.request.prompt_told - entry.start, 0) :]

@@ -107,6 +107,7 @@ def _advance(state: _Open, event: TokenEvent) -> RequestOutput:
             num_output=state.num_output,
             num_cached=state.num_cached,
             logprobs=event.logprobs,
+            prompt_logprobs=event.prompt_logprobs,
         )
     return _advance_with_care(state, event)
 
@@ -142,4 +143,5 @@ def _advance_with_care(state: _Open, event: TokenEvent) -> RequestOutput:
         num_cached=state.num_cached,
         error=None if matched is not None else event.error,
         logprobs=event.logprobs[:taken],
+        prompt_logprobs=event.prompt_logprobs,
     )

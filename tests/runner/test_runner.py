@@ -18,7 +18,7 @@ from minivllm.quant.base import linear_method
 from minivllm.runner.kv_cache import allocate
 from minivllm.runner.rows import PlanError, Rows, TokenTable
 from minivllm.runner.runner import Loaded, Runner
-from minivllm.types import WANT_POOL, WANT_PROMPT_LOGPROBS, WANT_SAMPLE, CopyBlock, NewRow, RowWork, SamplingParams, StepPlan
+from minivllm.types import WANT_POOL, WANT_SAMPLE, CopyBlock, NewRow, RowWork, SamplingParams, StepPlan
 
 PROMPT = [11, 60, 3, 150, 77, 8, 9, 121, 33, 90, 4, 4, 18, 199 - 1, 54, 67, 70, 12, 31]
 NUM_NEW = 10
@@ -165,7 +165,6 @@ WORK = RowWork(1, 0, 3, (), (), WANT_SAMPLE)
     ("plan", "match"),
     [
         (StepPlan(1, (RowWork(1, 0, 3, (), (4,), WANT_SAMPLE),), (new_row(),)), "draft"),
-        (StepPlan(1, (RowWork(1, 0, 3, (), (), WANT_PROMPT_LOGPROBS),), (new_row(),)), "prompt logprobs"),
         (StepPlan(1, (RowWork(1, 0, 3, (), (), WANT_POOL),), (new_row(),)), "pooling"),
         (StepPlan(1, (WORK,), (new_row(lora_slot=1),)), "LoRA"),
         (StepPlan(1, (WORK,), (new_row(),), copies=(CopyBlock(1, 2, 1),)), "one KV group"),

@@ -56,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.asked: dict[str, GenerateRequest] = {}
         self.got: dict[str, list[int]] = {}
+        self.told: dict[str, list[tuple[int, int]]] = {}
         self.ends: dict[str, str] = {}
         self.aborted: set[str] = set()
         self.poisoned: set[str] = set()
@@ -71,16 +72,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.asked[request.id] = request
         self.got[request.id] = []
+        self.told[request.id] = []
 
     @rule(
         head=st.sampled_from(HEADS), tail=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
         max_tokens=st.integers(1, 20), salt=st.sampled_from(("", "", "other")), priority=st.integers(0, 2),
-        eos=st.booleans(), seed=st.integers(0, 2),
+        eos=st.booleans(), seed=st.integers(0, 2), tells=st.booleans(),
     )  # fmt: skip
     def add(
-        self, head: tuple[int, ...], tail: list[int], max_tokens: int, salt: str, priority: int, eos: bool, seed: int
-    ) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=not eos)
+        self, head: tuple[int, ...], tail: list[int], max_tokens: int, salt: str, priority: int, eos: bool, seed: int,
+        tells: bool,
+    ) -> None:  # fmt: skip
+        tell = 0 if tells else None
+        sampling = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=not eos, prompt_logprobs=tell)
         name = f"r{len(self.asked)}"
         prompt = head + tuple(tail)
         self._add(
@@ -181,6 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.id not in self.ends, "an event after the end"
             assert event.id not in self.aborted, "an event after an abort"
             self.got[event.id] += event.token_ids
+            self.told[event.id] += [(round(-found.logprob), found.rank) for found in event.prompt_logprobs]
             if event.finish_reason:
                 self.ends[event.id] = event.finish_reason
 
@@ -209,7 +214,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work, "it does not come to an end"
         assert self.kv.counts().referenced == 0
         for name, request in self.asked.items():
-            expected = self._expected(request)
+            expected, told = self._expected(request), self.told[name]
+            prompt = list(enumerate(request.prompt_ids))[1:] if request.sampling.prompt_logprobs is not None else []
+            assert told == prompt[: len(told)], "each token of a prompt is told once, in order"
+            assert told == prompt or not self.got[name], "all of a prompt is told by its first token"
             if name in self.aborted or self.ends[name] == "error":
                 assert self.got[name] == expected[: len(self.got[name])]
             else:

@@ -12,7 +12,7 @@ from hashlib import sha256
 import numpy as np
 
 from minivllm.errors import OutOfDeviceMemory
-from minivllm.types import WANT_SAMPLE, NewRow, RowWork, StepPlan, StepResult, StepTimes
+from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, NewRow, RowWork, StepPlan, StepResult, StepTimes, TokenLogprobs
 
 
 class Corruption(BaseException):
@@ -50,6 +50,7 @@ class _Row:
     tokens: list[int]
     blocks: list[int]
     computed: int
+    num_prompt: int = 0
     broken: bool = False  # a failed step left it behind; whatever it gives must never be used
 
 
@@ -119,7 +120,18 @@ class TokenRunner:
         except (IndexError, KeyError) as error:
             raise Corruption("the plan does not fit the rows") from error
         bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_now]
-        return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad)))
+        told = tuple([self._tell(work, span) for work, span in zip(plan.work, spans, strict=True)])
+        return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad), (), told if any(told) else ()))
+
+    def _tell(self, work: RowWork, span: tuple[int, int]) -> tuple[TokenLogprobs, ...]:
+        """Of each token of the prompt that follows one of the step, its position and itself."""
+        row = self.rows[work.row]
+        if not work.wants & WANT_PROMPT_LOGPROBS or row.broken:
+            return ()
+        after = range(span[0] + 1, min(span[1] + 1, row.num_prompt))
+        if not after:
+            raise Corruption("a step is to tell of a prompt, but none of it follows")
+        return tuple(TokenLogprobs(-float(position), row.tokens[position]) for position in after)
 
     def _add(self, new: NewRow) -> None:
         if new.row in self.rows or not 0 <= new.row < self.max_num_seqs:
@@ -127,7 +139,7 @@ class TokenRunner:
         (blocks,) = new.block_ids
         if not all(0 < b < self.num_blocks for b in blocks):
             raise Corruption("a block id outside the pool")
-        self.rows[new.row] = _Row(new.uid, new.seed, list(new.token_ids), list(blocks), new.computed)
+        self.rows[new.row] = _Row(new.uid, new.seed, list(new.token_ids), list(blocks), new.computed, new.num_prompt)
 
     def _check_shared(self, plan: StepPlan) -> None:
         """Rows that are said to begin with the same blocks do, and this step is the last that may write to these blocks."""
