@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,7 +190,7 @@ def test_moments_out_of_order(folder: str, make_driver: Any) -> None:
     with pytest.raises(PlanError, match="before result"):
         pending.result()
     with pytest.raises(PlanError, match="masks"):
-        pending.sample(masks=())
+        pending.sample(masks=np.zeros((1, 7), dtype=np.int32))
 
 
 @pytest.mark.parametrize("invariant", [False, True])
