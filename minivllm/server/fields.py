@@ -24,7 +24,6 @@ NOT_SERVED: Values = MappingProxyType(
         "best_of": (1,),
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
-        "prompt_logprobs": (),
         "echo": (False,),
         "suffix": ("",),
         "thinking_token_budget": (),

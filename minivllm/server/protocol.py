@@ -70,6 +70,7 @@ class OpenAIFields(SamplingFields, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: int | None = None  # likeliest tokens to tell of each position of the prompt
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in logprobs
 

@@ -12,7 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from minivllm.errors import RequestError
-from minivllm.server.logprobs import ChatLogprobs, CompletionLogprobs
+from minivllm.server.logprobs import ChatLogprobs, CompletionLogprobs, OfPrompt
 from minivllm.types import FinishReason
 
 MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every character needs four bytes
@@ -47,6 +47,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, gc=False):
     stop_reason: int | str | None = None
     token_ids: TokenIds = msgspec.UNSET
     prompt_token_ids: TokenIds = msgspec.UNSET
+    prompt_logprobs: OfPrompt | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(
@@ -112,6 +113,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_fi
     choices: tuple[ChatChoice, ...]
     usage: Usage
     prompt_token_ids: TokenIds = msgspec.UNSET
+    prompt_logprobs: OfPrompt | msgspec.UnsetType = msgspec.UNSET
 
 
 class DeltaFunction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

@@ -6,7 +6,7 @@ format.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from minivllm.text.reply_parsers import Parsers
 from minivllm.types import Grammar, RequestOutput, SamplingParams
 
 F = TypeVar("F", bound=msgspec.Struct)
+T = TypeVar("T")
+MAX_TOLD_AT_ONCE = 500  # tokens with their logprobs: as texts, each takes some 20 us
 LONG_TEXT_CHARS = 20_000  # longer texts are tokenized in a thread: some 5 ms of everybody's event loop otherwise
 
 
@@ -78,15 +80,19 @@ class Serving:
         return max(1, min(wanted, self.llm.info.max_model_len - num_prompt))
 
     def orders(
-        self, request_id: str, ids: Sequence[int], sampling: SamplingParams, priority: int = 0, cache_salt: str = ""
-    ) -> list[Order]:
-        """What is to be generated from ``ids``: one for each of ``sampling.n`` texts. Raises ``InvalidRequest`` for a priority
-        that would have no effect."""
+        self, request_id: str, ids: Sequence[int], sampling: SamplingParams, priority: int = 0, cache_salt: str = "",
+        each_is_told: bool = False,
+    ) -> list[Order]:  # fmt: skip
+        """What is to be generated from ``ids``: one for each of ``sampling.n`` texts. Only the first of these is told logprobs
+        of the prompt, which are the same for all, unless ``each_is_told``. Raises ``InvalidRequest`` for a priority that would
+        have no effect."""
         if priority and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequest("priority has no effect here; start the server with --scheduling-policy priority.", "priority")
         names = [request_id, *(f"{request_id}-{i}" for i in range(1, sampling.n))]
+        others = sampling if each_is_told else msgspec.structs.replace(sampling, prompt_logprobs=None)
         return [
-            Order(name, ids, sampling, priority, cache_salt, i, names[0] if i else None) for i, name in enumerate(names)
+            Order(name, ids, others if i else sampling, priority, cache_salt, i, names[0] if i else None)
+            for i, name in enumerate(names)
         ]
 
     async def whole(self, orders: Sequence[Order], request: Request) -> list[RequestOutput]:
@@ -97,6 +103,11 @@ class Serving:
                 return await mailbox.whole()
 
         return await self.drain.run(work(), request.receive)
+
+
+async def written(num_told: int, write: Callable[[], T]) -> T:
+    """What ``write`` makes of logprobs of ``num_told`` tokens of prompts: beside the event loop where these are many."""
+    return await asyncio.to_thread(write) if num_told > MAX_TOLD_AT_ONCE else write()
 
 
 def serving(request: Request) -> Serving:

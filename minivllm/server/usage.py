@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from minivllm.errors import InvalidRequest, RequestError
-from minivllm.server.logprobs import LogprobTexts
+from minivllm.server.logprobs import LogprobTexts, OfPrompt
 from minivllm.server.protocol import OpenAIFields
 from minivllm.server.replies import PromptTokensDetails, TokenIds, Usage, error_body
 from minivllm.server.sse import DONE, json_event
-from minivllm.types import RequestOutput
+from minivllm.types import RequestOutput, TokenLogprobs
 
 
 @dataclass
@@ -42,10 +42,15 @@ class Asked:
 
     prompts: Sequence[Sequence[int]] | None  # ids of each choice's prompt, for ``return_token_ids``; None: not asked for
     logprobs: LogprobTexts
+    num_top: int | None = None  # likeliest tokens to tell in ``prompt_logprobs``; None: not asked for
 
     def prompt(self, index: int) -> TokenIds:
         """Token ids of a choice's prompt, if they are asked for."""
         return UNSET if self.prompts is None else tuple(self.prompts[index])
+
+    def of_prompt(self, ids: Sequence[int], found: Sequence[TokenLogprobs]) -> OfPrompt | UnsetType:
+        """Logprobs of a prompt, if they are asked for."""
+        return UNSET if self.num_top is None else self.logprobs.of_prompt(ids, found, self.num_top)
 
     def new(self, output: RequestOutput) -> TokenIds:
         """Token ids of a new output, if they are asked for."""
@@ -61,7 +66,9 @@ class StreamUsage:
 
 
 def stream_usage(body: OpenAIFields) -> StreamUsage:
-    """What ``stream_options`` asks for. Raises ``InvalidRequest`` where nothing streams."""
+    """What ``stream_options`` asks for. Raises ``InvalidRequest`` where nothing streams, and for what no stream tells."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs are told in whole replies only; leave out stream.", "prompt_logprobs")
     options = body.stream_options
     if options is None:
         return StreamUsage(last=False, each=False)

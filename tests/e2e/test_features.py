@@ -46,6 +46,59 @@ def test_several_texts_with_logprobs(client: openai.OpenAI) -> None:
     assert [tokens[i] for i in range(4)] == [c.logprobs.tokens for c in done.choices]
 
 
+def test_logprobs_of_prompts(client: openai.OpenAI) -> None:
+    """What a text was told of its tokens is told of them again when they are a prompt; an echo shows the same."""
+    asked = {"return_token_ids": True}
+    first = complete(client, temperature=1.0, logprobs=2, extra_body=asked).choices[0]
+    ids = first.model_extra["prompt_token_ids"] + first.model_extra["token_ids"]
+    done = complete(client, prompt=ids, n=2, max_tokens=3, temperature=1.0, extra_body={"prompt_logprobs": 2})
+    for choice in done.choices:
+        told = choice.model_extra["prompt_logprobs"]
+        assert len(told) == len(ids) and told[0] is None and choice.logprobs is None
+        for at, value in enumerate(first.logprobs.token_logprobs, start=len(ids) - 12):
+            entry = told[at][str(ids[at])]
+            assert entry["logprob"] == pytest.approx(value, abs=1e-3)
+            assert entry["decoded_token"] == first.logprobs.tokens[at - len(ids) + 12]
+            assert 2 <= len(told[at]) <= 3 and [e["rank"] for e in told[at].values()][-2:] in ([1, 2], [2, 1])
+    whole = complete(client, prompt=ids, n=2, max_tokens=3, temperature=1.0, logprobs=1, echo=True)
+    text = "".join(whole.choices[0].logprobs.tokens[: len(ids)])
+    for choice in whole.choices:
+        found = choice.logprobs
+        assert len(found.tokens) == len(found.top_logprobs) == len(found.text_offset) == len(ids) + 3
+        assert choice.text.startswith(text) and choice.text == "".join(found.tokens)
+        assert found.text_offset == [sum(map(len, found.tokens[:i])) for i in range(len(ids) + 3)]
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        for at, entry in enumerate(told[1:], start=1):
+            assert found.token_logprobs[at] == pytest.approx(entry[str(ids[at])]["logprob"], abs=1e-3)
+            assert 1 <= len(found.top_logprobs[at]) <= 2
+    pieces: dict[int, Any] = {0: [], 1: []}
+    for chunk in complete(client, prompt=ids, n=2, max_tokens=3, temperature=1.0, logprobs=1, echo=True, stream=True):
+        for choice in chunk.choices:
+            pieces[choice.index].append(choice)
+    for choice in whole.choices:
+        mine = pieces[choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        values = [value for piece in mine if piece.logprobs for value in piece.logprobs.token_logprobs]
+        assert values[0] is None and values[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-3)
+
+
+def test_many_logprobs_of_prompts(client: openai.OpenAI) -> None:
+    prompts: Any = [[5 + i % 50 for i in range(300)], [9] * 300]
+    done = complete(client, prompt=prompts, max_tokens=1, logprobs=0, echo=True)
+    for prompt, choice in zip(prompts, done.choices, strict=True):
+        alone = complete(client, prompt=prompt, max_tokens=1, logprobs=0, echo=True).choices[0].logprobs
+        assert choice.logprobs.tokens[:300] == alone.tokens[:300]
+        assert choice.logprobs.token_logprobs[1:300] == pytest.approx(alone.token_logprobs[1:300], abs=1e-3)
+
+
+def test_a_chat_tells_logprobs_of_its_prompt(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Tell me of a small bear."}]
+    body = {"prompt_logprobs": 1, "return_token_ids": True}
+    done = client.chat.completions.create(model="stories", messages=messages, max_tokens=3, n=2, extra_body=body)
+    ids, told = done.model_extra["prompt_token_ids"], done.model_extra["prompt_logprobs"]
+    assert told[0] is None and all(str(token) in entry for token, entry in zip(ids[1:], told[1:], strict=True))
+
+
 def test_tokens_by_name(client: openai.OpenAI) -> None:
     plain = complete(client, temperature=0, extra_body={"return_token_ids": True}).choices[0]
     ids = plain.model_extra["token_ids"]

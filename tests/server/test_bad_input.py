@@ -184,7 +184,7 @@ def test_content_type(http: httpx.Client, path: str, kind: str | None) -> None:
 
 CHANGING = {
     "best_of": 2, "use_beam_search": True, "length_penalty": 0.5,
-    "prompt_logprobs": 1, "echo": True, "suffix": "x",
+    "echo": True, "suffix": "x",
     "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "prompt_embeds": "x",
     "return_token_offsets": True, "return_prompt_text": True, "request_id": "x", "kv_transfer_params": {"a": 1},
@@ -232,6 +232,13 @@ def test_what_goes_together(http: httpx.Client, path: str) -> None:
     refusal(http.post(path, json={**good, "stream": True, "stream_options": {"wibble": 1}}), 400)
     assert refusal(http.post(path, json={**good, "priority": 3}), 400)["param"] == "priority"
     assert http.post(path, json={**good, "priority": 0, "cache_salt": "tenant"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_logprobs_of_prompts(http: httpx.Client, path: str) -> None:
+    for more in ({"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": 0, "stream": True}):
+        assert refusal(http.post(path, json={**GOOD[path], **more}), 400)["param"] == "prompt_logprobs"
+    assert refusal(http.post(path, json={**GOOD[path], "prompt_logprobs": True}), 400)["param"] == "body.prompt_logprobs"
 
 
 def test_tokenize_needs_one_source(http: httpx.Client) -> None:

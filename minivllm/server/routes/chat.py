@@ -32,7 +32,7 @@ from minivllm.server.replies import (
     json_response,
     new_id,
 )
-from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.serving import Serving, read_json, serving, written
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.structured import grammar_of
 from minivllm.server.tools import Offer, offer_of
@@ -52,11 +52,14 @@ async def chat_completions(request: Request) -> Response:
     orders, reading = await _orders(s, body, head.id)
     counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
-    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
+    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
     telling = _Telling(head, counts, asked, reading)
     if body.stream:
         return EventStream(s, orders, _Script(telling, usage))
-    return json_response(_whole(await s.whole(orders, request), telling))
+    outputs = await s.whole(orders, request)
+    ids, found = orders[0].prompt_ids, outputs[0].prompt_logprobs
+    of_prompt = await written(len(found), lambda: asked.of_prompt(ids, found))
+    return json_response(msgspec.structs.replace(_whole(outputs, telling), prompt_logprobs=of_prompt))
 
 
 async def _orders(s: Serving, body: ChatBody, request_id: str) -> tuple[list[Order], Reading]:
@@ -81,7 +84,8 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> tuple[list[Ord
         s.parsers.short_call_ids,
         tells_reasoning=body.include_reasoning is not False,
     )
-    shown_ids = frozenset(filter(None, map(s.llm.tokenizer.special_id, s.parsers.marks(offer.functions))))
+    marks = map(s.llm.tokenizer.special_id, s.parsers.marks(offer.functions))
+    shown_ids = frozenset(token_id for token_id in marks if token_id is not None)
     return [replace(order, shown_ids=shown_ids) for order in orders] if shown_ids else orders, reading
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 from fastapi import APIRouter
@@ -10,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.async_llm import Order
-from minivllm.errors import InvalidRequest, RequestError, UnsupportedField
-from minivllm.server.logprobs import LogprobTexts
+from minivllm.errors import InvalidRequest, RequestError
+from minivllm.server.logprobs import Echoed, LogprobTexts
 from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
-from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.serving import Serving, read_json, serving, written
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.structured import grammar_of
 from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
-from minivllm.types import RequestOutput
+from minivllm.types import RequestOutput, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -36,20 +37,31 @@ async def completions(request: Request) -> Response:
     orders = await _orders(s, body, head.id)
     counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
-    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs)
-    echoes = _echoes(s, body, orders)
+    asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
+    texts = [s.llm.tokenizer.decode(list(order.prompt_ids)) if body.echo else "" for order in orders]
+    prompts = _Prompts([order.prompt_ids for order in orders], texts, logprobs_of(body.logprobs) if body.echo else None)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, asked, echoes))
-    return json_response(_whole(await s.whole(orders, request), head, counts, asked, echoes))
+        return EventStream(s, orders, _Script(head, usage, counts, asked, prompts))
+    outputs = await s.whole(orders, request)
+    num_told = sum(len(output.prompt_logprobs) for output in outputs)
+    return json_response(await written(num_told, lambda: _whole(outputs, head, counts, asked, prompts)))
 
 
-def _echoes(s: Serving, body: CompletionBody, orders: Sequence[Order]) -> Sequence[str]:
-    """What each text begins with: its prompt where that is asked for. Raises ``UnsupportedField`` for its logprobs."""
-    if not body.echo:
-        return [""] * len(orders)
-    if body.logprobs not in (None, False):
-        raise UnsupportedField("echo", "logprobs of a prompt are not served; leave out echo or logprobs")
-    return [s.llm.tokenizer.decode(list(order.prompt_ids)) for order in orders]
+@dataclass(frozen=True)
+class _Prompts:
+    """What choices say of their prompts."""
+
+    ids: Sequence[Sequence[int]]  # of each choice
+    echoes: Sequence[str]  # what its text begins with
+    num_top: int | None  # likeliest tokens to tell with the logprobs of what is echoed; None: these are not asked for
+
+    def echoed(self, index: int, found: Sequence[TokenLogprobs]) -> Echoed | None:
+        """A choice's prompt as its logprobs begin with it."""
+        if self.num_top is None:
+            return None
+        replace, most = msgspec.structs.replace, self.num_top
+        cut = [replace(f, top_ids=f.top_ids[:most], top_logprobs=f.top_logprobs[:most]) for f in found]
+        return Echoed(self.ids[index], cut)
 
 
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
@@ -66,40 +78,53 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
         wanted = {"max_tokens": max_tokens, "logprobs": logprobs_of(body.logprobs), "grammar": grammar}
         sampling = sampling_of(body, **s.sampling_defaults, **wanted)
-        orders += s.orders(f"{request_id}-{i}", ids, sampling, body.priority or 0, body.cache_salt or "")
+        if body.echo and sampling.logprobs is not None:
+            most = max(sampling.logprobs, sampling.prompt_logprobs or 0)
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=most)
+        name, salt, streams = f"{request_id}-{i}", body.cache_salt or "", bool(body.stream)
+        orders += s.orders(name, ids, sampling, body.priority or 0, salt, each_is_told=streams)
     return orders
 
 
 def _whole(
-    outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked, echoes: Sequence[str]
+    outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked, prompts: _Prompts
 ) -> Completion:
     """The reply that holds every choice."""
-    for i, output in enumerate(outputs):
-        counts.see(i, output)
-    choices = tuple(
-        CompletionChoice(
-            i, echo + o.text, asked.logprobs.completion(i, o), o.finish_reason, o.stop_reason, asked.new(o), asked.prompt(i)
-        )
-        for i, (o, echo) in enumerate(zip(outputs, echoes, strict=True))
-    )
-    return Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=counts.usage())
+    choices: list[CompletionChoice] = []
+    for i, o in enumerate(outputs):
+        counts.see(i, o)
+        found = outputs[i - i % counts.num_samples].prompt_logprobs  # the first of a prompt's texts is told
+        logprobs = asked.logprobs.completion(i, o, prompts.echoed(i, found))
+        text, of_prompt = prompts.echoes[i] + o.text, asked.of_prompt(prompts.ids[i], found)
+        ids, prompt_ids = asked.new(o), asked.prompt(i)
+        choices.append(CompletionChoice(i, text, logprobs, o.finish_reason, o.stop_reason, ids, prompt_ids, of_prompt))
+    return Completion(id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage())
 
 
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked, echoes: Sequence[str]) -> None:
+    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked, prompts: _Prompts) -> None:
         self._head = head
         self._usage = usage
         self._counts = counts
         self._asked = asked
-        self._echoes = dict(enumerate(echoes))  # what is still to be said before each choice's text
+        self._prompts = prompts
+        self._echoes = dict(enumerate(prompts.echoes))  # what is still to be said before each choice's text
+        self._found: dict[int, list[TokenLogprobs]] = {}  # of prompts that are not echoed yet
         self._begun: set[int] = set()  # choices whose prompt's ids were told
         self._pieces: dict[int, TextEvents] = {}  # of each choice
 
     def piece(self, index: int, output: RequestOutput) -> bytes:
         """One chunk, unless there is nothing to tell."""
         self._counts.see(index, output)
+        echoed = None
+        if self._prompts.num_top is not None and index in self._echoes:
+            found = self._found.setdefault(index, [])
+            found += output.prompt_logprobs
+            if not output.token_ids:
+                return b""  # more of its prompt is to come
+            echoed = self._prompts.echoed(index, self._found.pop(index))
         if echo := self._echoes.pop(index, ""):
             output = msgspec.structs.replace(output, text=echo + output.text)
         if output.finish_reason is None and self._asked.prompts is None and not output.logprobs:
@@ -109,7 +134,7 @@ class _Script:
                 return self._pieces_of(index).event(output.text)
         prompt = UNSET if index in self._begun else self._asked.prompt(index)
         self._begun.add(index)
-        ids, logprobs = self._asked.new(output), self._asked.logprobs.completion(index, output)
+        ids, logprobs = self._asked.new(output), self._asked.logprobs.completion(index, output, echoed)
         choice = CompletionChoice(index, output.text, logprobs, output.finish_reason, output.stop_reason, ids, prompt)
         return self._chunk((choice,), self._counts.usage() if self._usage.each else None)
 
