@@ -14,7 +14,7 @@ from minivllm.errors import InvalidRequest, MalformedBody
 from minivllm.server.fields import HARMLESS, NATIVE_NOT_SERVED, NOT_SERVED, Form
 from minivllm.server.structured import ResponseFormat, StructuredOutputs
 from minivllm.server.tools import Choice
-from minivllm.types import SETTLED, SamplingParams
+from minivllm.types import MAX_SAMPLES, SETTLED, SamplingParams
 
 MAX_STOPS = 64  # each is searched for at every token
 MAX_STOP_CHARS = 1024
@@ -81,6 +81,7 @@ class CompletionBody(OpenAIFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | bool | None = None  # likeliest tokens to tell of each position; false: none
     echo: bool | None = None  # texts begin with their prompt
+    best_of: int | None = None  # texts to generate of each prompt, of which the n likeliest are told
 
 
 class ChatBody(OpenAIFields, kw_only=True):
@@ -155,6 +156,21 @@ def logprobs_of(asked: int | bool | None) -> int | None:
     if asked is True:
         raise InvalidRequest("logprobs is a number on this route: how many of the likeliest tokens to tell.", "logprobs")
     return None if asked is False else asked
+
+
+def with_best_of(sampling: SamplingParams, body: CompletionBody) -> SamplingParams:
+    """``sampling`` for as many texts as ``best_of`` asks for, with what it takes to choose among them. Raises
+    ``InvalidRequest``."""
+    count, n = body.best_of, sampling.n
+    if count is None or count == n:
+        return sampling
+    if not n <= count <= MAX_SAMPLES:
+        raise InvalidRequest(f"best_of must be from n, which is {n}, to {MAX_SAMPLES}, got {count}.", "best_of")
+    if body.stream:
+        raise InvalidRequest("A stream cannot wait for the best texts; leave out best_of, or set it to n.", "best_of")
+    if sampling.greedy:
+        raise InvalidRequest("best_of has no choice at temperature 0: all texts would be the same one.", "best_of")
+    return msgspec.structs.replace(sampling, n=count, logprobs=sampling.logprobs or 0)
 
 
 def chat_logprobs_of(body: ChatBody) -> int | None:

@@ -46,6 +46,27 @@ def test_several_texts_with_logprobs(client: openai.OpenAI) -> None:
     assert [tokens[i] for i in range(4)] == [c.logprobs.tokens for c in done.choices]
 
 
+def test_the_best_of_several(client: openai.OpenAI) -> None:
+    """Of the texts that n would give, those with the highest sum of logprobs, best first; all that was generated counts."""
+    prompts = [PROMPT, "The fox"]
+    every = complete(client, prompt=prompts, n=6, temperature=1.0, logprobs=0)
+    totals = {choice.text: sum(choice.logprobs.token_logprobs) for choice in every.choices}
+    best = [c.text for half in (every.choices[:6], every.choices[6:]) for c in sorted(half, key=lambda c: -totals[c.text])[:2]]
+    done = complete(client, prompt=prompts, n=2, best_of=6, temperature=1.0)
+    assert [choice.text for choice in done.choices] == best
+    assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in done.choices)
+    assert done.usage.completion_tokens == every.usage.completion_tokens
+    told = complete(client, prompt=PROMPT, best_of=6, temperature=1.0, logprobs=2, echo=True).choices[0]
+    assert told.text == PROMPT + best[0] and told.text.endswith("".join(told.logprobs.tokens[-12:]))
+    assert sum(told.logprobs.token_logprobs[-12:]) == pytest.approx(totals[best[0]], abs=1e-3)
+    streamed = complete(client, n=2, best_of=2, temperature=1.0, stream=True)
+    texts = ["", ""]
+    for choice in (choice for chunk in streamed for choice in chunk.choices):
+        texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in every.choices[:2]]
+
+
 def test_logprobs_of_prompts(client: openai.OpenAI) -> None:
     """What a text was told of its tokens is told of them again when they are a prompt; an echo shows the same."""
     asked = {"return_token_ids": True}

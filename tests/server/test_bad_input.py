@@ -216,7 +216,8 @@ def test_fields_that_are_not_served_are_refused_by_name(http: httpx.Client, name
 
 
 def test_true_is_not_one(http: httpx.Client) -> None:
-    assert refusal(http.post("/v1/completions", json={"prompt": "x", "best_of": True}), 400)["param"] == "best_of"
+    chat = GOOD["/v1/chat/completions"]
+    assert refusal(http.post("/v1/chat/completions", json={**chat, "best_of": True}), 400)["param"] == "best_of"
 
 
 def test_harmless_fields_pass(http: httpx.Client) -> None:
@@ -239,6 +240,14 @@ def test_logprobs_of_prompts(http: httpx.Client, path: str) -> None:
     for more in ({"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": 0, "stream": True}):
         assert refusal(http.post(path, json={**GOOD[path], **more}), 400)["param"] == "prompt_logprobs"
     assert refusal(http.post(path, json={**GOOD[path], "prompt_logprobs": True}), 400)["param"] == "body.prompt_logprobs"
+
+
+def test_the_best_of_too_few(http: httpx.Client) -> None:
+    for more in ({"best_of": 1, "n": 2}, {"best_of": 0}, {"best_of": 129}, {"best_of": 2, "stream": True},
+                 {"best_of": 2, "temperature": 0}):  # fmt: skip
+        assert refusal(http.post("/v1/completions", json={**GOOD["/v1/completions"], **more}), 400)["param"] == "best_of"
+    many = {"prompt": ["x"] * 20, "best_of": 100}
+    assert refusal(http.post("/v1/completions", json=many), 400)["param"] == "prompt"
 
 
 def test_tokenize_needs_one_source(http: httpx.Client) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from minivllm.async_llm import Order
 from minivllm.errors import InvalidRequest, RequestError
 from minivllm.server.logprobs import Echoed, LogprobTexts
-from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated
+from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated, with_best_of
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
 from minivllm.server.serving import Serving, read_json, serving, written
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
@@ -43,8 +43,20 @@ async def completions(request: Request) -> Response:
     if body.stream:
         return EventStream(s, orders, _Script(head, usage, counts, asked, prompts))
     outputs = await s.whole(orders, request)
+    best = _best(outputs, body.n or 1, counts.num_samples)
+    if logprobs_of(body.logprobs) is None:
+        outputs = [msgspec.structs.replace(output, logprobs=()) for output in outputs]  # only the choice wanted them
     num_told = sum(len(output.prompt_logprobs) for output in outputs)
-    return json_response(await written(num_told, lambda: _whole(outputs, head, counts, asked, prompts)))
+    return json_response(await written(num_told, lambda: _whole((outputs, best), head, counts, asked, prompts)))
+
+
+def _best(outputs: Sequence[RequestOutput], n: int, num_samples: int) -> Sequence[int]:
+    """Which outputs to tell: of each prompt's ``num_samples``, the n with the highest sum of logprobs, best first."""
+    if n == num_samples:
+        return range(len(outputs))
+    totals = [sum(found.logprob for found in output.logprobs) for output in outputs]
+    groups = (range(first, first + num_samples) for first in range(0, len(outputs), num_samples))
+    return [i for group in groups for i in sorted(group, key=totals.__getitem__, reverse=True)[:n]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class _Prompts:
 async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
     """One for each text: n of each prompt."""
     prompts = prompts_of(body.prompt)
-    if len(prompts) * max(body.n or 1, 1) > MAX_PROMPTS:
+    if len(prompts) * max(body.n or 1, body.best_of or 1, 1) > MAX_PROMPTS:
         raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, n texts of one counted as n.", "prompt")
     special, grammar = body.add_special_tokens is not False, grammar_of(body.response_format, body.structured_outputs)
     await s.check_grammar(grammar)
@@ -81,23 +93,26 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
         if body.echo and sampling.logprobs is not None:
             most = max(sampling.logprobs, sampling.prompt_logprobs or 0)
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=most)
+        sampling = with_best_of(sampling, body)
         name, salt, streams = f"{request_id}-{i}", body.cache_salt or "", bool(body.stream)
         orders += s.orders(name, ids, sampling, body.priority or 0, salt, each_is_told=streams)
     return orders
 
 
 def _whole(
-    outputs: Sequence[RequestOutput], head: Head, counts: Counts, asked: Asked, prompts: _Prompts
+    made: tuple[Sequence[RequestOutput], Sequence[int]], head: Head, counts: Counts, asked: Asked, prompts: _Prompts
 ) -> Completion:
-    """The reply that holds every choice."""
+    """The reply that holds every choice. ``made``: all outputs, which count, and which of them are the choices."""
+    outputs, best = made
+    for i, output in enumerate(outputs):
+        counts.see(i, output)
     choices: list[CompletionChoice] = []
-    for i, o in enumerate(outputs):
-        counts.see(i, o)
-        found = outputs[i - i % counts.num_samples].prompt_logprobs  # the first of a prompt's texts is told
-        logprobs = asked.logprobs.completion(i, o, prompts.echoed(i, found))
+    for index, i in enumerate(best):
+        o, found = outputs[i], outputs[i - i % counts.num_samples].prompt_logprobs  # the first of a prompt's texts is told
+        logprobs = asked.logprobs.completion(index, o, prompts.echoed(i, found))
         text, of_prompt = prompts.echoes[i] + o.text, asked.of_prompt(prompts.ids[i], found)
         ids, prompt_ids = asked.new(o), asked.prompt(i)
-        choices.append(CompletionChoice(i, text, logprobs, o.finish_reason, o.stop_reason, ids, prompt_ids, of_prompt))
+        choices.append(CompletionChoice(index, text, logprobs, o.finish_reason, o.stop_reason, ids, prompt_ids, of_prompt))
     return Completion(id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage())
 
 
