@@ -25,7 +25,9 @@ MAX_BAD_WORDS = 256  # each is compared with the end of the output at every toke
 MAX_STOP_CHARS = 2**16  # of all stop strings of a request: their automaton takes some 300 bytes a character
 MAX_GRAMMAR_CHARS = 2**18  # of one grammar's source
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_PATTERN = 512  # tokens of a pattern that a text may be ended for: so many are looked through at every token
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 SETTLED = frozenset({"bad_word_ids"})  # fields of SamplingParams that no user gives: whoever takes a request fills them in
 
@@ -49,6 +51,26 @@ class Grammar(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         """Raise ``InvalidRequest`` for one that is empty or too long to look at."""
         if not 0 < len(self.source) <= MAX_GRAMMAR_CHARS:
             raise InvalidRequest(f"A grammar must have from 1 to {MAX_GRAMMAR_CHARS} characters, this has {len(self.source)}.")
+
+
+class RepetitionDetection(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """When a text ends because it says the same over and over: when its last tokens are a pattern, ``min_count`` times."""
+
+    max_pattern_size: int = 0  # tokens; 0: never
+    min_pattern_size: int = 0  # tokens; 0 means 1
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ``InvalidRequest`` for what is out of range."""
+        if not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN:
+            raise InvalidRequest(
+                f"max_pattern_size must be from 0 to {MAX_PATTERN}, and min_pattern_size from 0 to max_pattern_size.",
+                "repetition_detection",
+            )
+        if self.max_pattern_size and not 2 <= self.min_count < 2**31:
+            raise InvalidRequest("min_count must be at least 2: what is said once is no repetition.", "repetition_detection")
+        if self.min_count and not self.max_pattern_size:
+            raise InvalidRequest("min_count has no effect without max_pattern_size; give both.", "repetition_detection")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
@@ -78,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     grammar: Grammar | None = None  # None: any text
     stop: tuple[str, ...] = ()  # matched on text, in the text room; the engine never sees them act
     stop_token_ids: tuple[int, ...] = ()
+    repetition_detection: RepetitionDetection | None = None  # None: a text may repeat itself
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -301,7 +324,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop token that ended it, where a client asked for that token
+    stop_reason: int | str | None = None  # the stop token that ended it, where a client asked for that token; or what else did
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for

@@ -46,7 +46,7 @@ class Metrics:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions = 0
-        self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0, "repetition": 0})
         lengths = one_two_five(max_model_len)
         self.histograms: dict[str, Histogram] = {
             "iteration_tokens_total": Histogram(STEP_TOKENS),

@@ -14,7 +14,10 @@ from minivllm.scheduler.sharing import Sharing
 from minivllm.types import GenerateRequest
 
 # What a request that begins again keeps.
-_KEPT = ("claim", "token_ids", "guide", "cached", "failures", "prompt_told", "scheduled_s", "first_token_s", "last_token_s")
+_KEPT = (
+    "claim", "token_ids", "guide", "repetition", "cached", "failures", "prompt_told", "scheduled_s", "first_token_s",
+    "last_token_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

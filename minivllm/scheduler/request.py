@@ -8,6 +8,7 @@ ahead: ``scheduled`` counts tokens in plans already made, ``pending`` the tokens
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from minivllm.scheduler.repetition import Repetition
 from minivllm.types import GenerateRequest
 
 NO_ROW = -1
@@ -49,7 +50,7 @@ class Request:
     __slots__ = (
         "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "guide", "in_flight",
         "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
-        "prompt_asked", "prompt_told", "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids",
+        "prompt_asked", "prompt_told", "repetition", "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids",
         "token_ids", "token_limit", "uid",
     )  # fmt: skip
 
@@ -80,6 +81,9 @@ class Request:
         self.blocked_at = -1  # blocks that were available when it last did not fit
         self.fork_of: int | None = None
         self.guide: Guide | None = None  # None: any text
+        repeats = sampling.repetition_detection
+        on = repeats is not None and repeats.max_pattern_size > 0
+        self.repetition = Repetition(repeats, self.token_ids, self.num_prompt) if repeats is not None and on else None
         self.arrival_s = spec.arrival_s
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None

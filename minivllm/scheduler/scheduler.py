@@ -40,7 +40,7 @@ class _Ending(NamedTuple):
     """Whether a token ended its request, and how."""
 
     reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop token that was asked for
+    stop_reason: int | str | None = None  # the stop token that was asked for, or what else ended it
     error: str | None = None
     complete: bool = False  # by the grammar
 
@@ -170,7 +170,7 @@ class Scheduler:
             return
         known = request.token_ids
         end = _GOES_ON
-        if request.guide is None and (
+        if request.guide is None and request.repetition is None and (
             len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit
         ):
             known.append(tokens[0])  # what nearly every row of nearly every step does
@@ -205,6 +205,9 @@ class Scheduler:
                 return _Ending("stop", complete=True), kept
             if len(known) >= limit:
                 return _Ending("length"), kept
+            repeats = request.repetition is not None and request.repetition.goes_round(known)
+            if repeats and request.num_output >= request.spec.sampling.min_tokens:
+                return _Ending("repetition", "repetition_detected"), kept
         return _GOES_ON, len(tokens)
 
     def _end(self, request: Request, reason: FinishReason, now: float) -> None:

@@ -27,7 +27,6 @@ NOT_SERVED: Values = MappingProxyType(
         "echo": (False,),
         "suffix": ("",),
         "thinking_token_budget": (),
-        "repetition_detection": (),
         "spaces_between_special_tokens": (True,),
         "prompt_embeds": (),
         "return_token_offsets": (False,),

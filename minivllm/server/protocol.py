@@ -14,7 +14,7 @@ from minivllm.errors import InvalidRequest, MalformedBody
 from minivllm.server.fields import HARMLESS, NATIVE_NOT_SERVED, NOT_SERVED, Form
 from minivllm.server.structured import ResponseFormat, StructuredOutputs
 from minivllm.server.tools import Choice
-from minivllm.types import MAX_SAMPLES, SETTLED, SamplingParams
+from minivllm.types import MAX_SAMPLES, SETTLED, RepetitionDetection, SamplingParams
 
 MAX_STOPS = 64  # each is searched for at every token
 MAX_STOP_CHARS = 1024
@@ -70,6 +70,7 @@ class OpenAIFields(SamplingFields, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None  # where tokens are cut off; none: left
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    repetition_detection: RepetitionDetection | None = None
     prompt_logprobs: int | None = None  # likeliest tokens to tell of each position of the prompt
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in logprobs

@@ -46,6 +46,23 @@ def test_several_texts_with_logprobs(client: openai.OpenAI) -> None:
     assert [tokens[i] for i in range(4)] == [c.logprobs.tokens for c in done.choices]
 
 
+def test_a_text_that_repeats_itself_ends(client: openai.OpenAI) -> None:
+    ids = complete(client, temperature=0, extra_body={"return_token_ids": True}).choices[0].model_extra["token_ids"]
+    body = {"repetition_detection": {"max_pattern_size": 4, "min_count": 3}}
+    bias = {"logit_bias": {str(ids[0]): 100}, "temperature": 0}
+    done = complete(client, **bias, extra_body=body)
+    assert done.choices[0].finish_reason == "repetition" and done.choices[0].stop_reason == "repetition_detected"
+    assert done.usage.completion_tokens == 3 and done.choices[0].text
+    chunks = list(complete(client, **bias, extra_body=body, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "repetition"
+    assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
+    later = complete(client, **bias, extra_body={**body, "min_tokens": 7})
+    assert later.usage.completion_tokens == 7
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    chat = client.chat.completions.create(model="stories", messages=messages, max_tokens=9, **bias, extra_body=body)
+    assert chat.choices[0].finish_reason == "repetition"
+
+
 def test_the_best_of_several(client: openai.OpenAI) -> None:
     """Of the texts that n would give, those with the highest sum of logprobs, best first; all that was generated counts."""
     prompts = [PROMPT, "The fox"]

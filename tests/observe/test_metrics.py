@@ -168,7 +168,7 @@ def test_requests_that_never_ran_have_no_times(metrics: Metrics) -> None:
     assert got["vllm:request_queue_time_seconds_count", ()] == 0
     assert got["vllm:request_prefill_time_seconds_count", ()] == 0
     assert got["vllm:iteration_tokens_total_count", ()] == 0
-    assert metrics.json()["total_requests"] == {"stop": 0, "length": 0, "abort": 1, "error": 0}
+    assert metrics.json()["total_requests"] == {"stop": 0, "length": 0, "abort": 1, "error": 0, "repetition": 0}
 
 
 def test_prefix_and_two_engines_in_one_process() -> None:

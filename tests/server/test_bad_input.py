@@ -186,7 +186,7 @@ CHANGING = {
     "best_of": 2, "use_beam_search": True, "length_penalty": 0.5,
     "echo": True, "suffix": "x",
     "thinking_token_budget": 5,
-    "repetition_detection": {"min_count": 2}, "spaces_between_special_tokens": False, "prompt_embeds": "x",
+    "spaces_between_special_tokens": False, "prompt_embeds": "x",
     "return_token_offsets": True, "return_prompt_text": True, "request_id": "x", "kv_transfer_params": {"a": 1},
     "vllm_xargs": {"a": 1}, "functions": [{"name": "x"}],
     "function_call": "auto", "verbosity": "low",
@@ -240,6 +240,21 @@ def test_logprobs_of_prompts(http: httpx.Client, path: str) -> None:
     for more in ({"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": 0, "stream": True}):
         assert refusal(http.post(path, json={**GOOD[path], **more}), 400)["param"] == "prompt_logprobs"
     assert refusal(http.post(path, json={**GOOD[path], "prompt_logprobs": True}), 400)["param"] == "body.prompt_logprobs"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("value", "param"), [
+    ({"max_pattern_size": -1}, ""), ({"max_pattern_size": 513, "min_count": 2}, ""), ({"min_pattern_size": 2}, ""),
+    ({"max_pattern_size": 3, "min_pattern_size": 4, "min_count": 2}, ""), ({"max_pattern_size": 3}, ""), ({"min_count": 2}, ""),
+    ({"max_pattern_size": 3, "min_count": 1}, ""), ({"max_pattern_size": 3, "min_count": 10**30}, ""),
+    ({"max_pattern_size": 3, "min_pattern_size": -1, "min_count": 2}, ""), (5, "body."), ({"max_pattern_size": "3"}, "body."),
+    ({"max_pattern_size": 2, "min_count": 2, "wibble": 1}, "body."),
+])
+def test_repetitions(http: httpx.Client, path: str, value: Any, param: str) -> None:
+    error = refusal(http.post(path, json={**GOOD[path], "repetition_detection": value}), 400)
+    assert error["param"].startswith(f"{param}repetition_detection")
+    for good in ({}, {"max_pattern_size": 0}, {"max_pattern_size": 3, "min_count": 2}):
+        assert http.post(path, json={**GOOD[path], "repetition_detection": good}).status_code == 200
 
 
 def test_the_best_of_too_few(http: httpx.Client) -> None:
