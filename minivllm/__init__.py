@@ -8,9 +8,14 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "minivllm.llm", "AsyncLLM": "minivllm.async_llm", "SamplingParams": "minivllm.types"}
+_HOMES = {
+    "LLM": "minivllm.llm",
+    "AsyncLLM": "minivllm.async_llm",
+    "BeamSearchParams": "minivllm.beams",
+    "SamplingParams": "minivllm.types",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,15 +10,17 @@ request and its end never wait.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
+from minivllm.beams import BeamSearch, BeamSearchParams
 from minivllm.config import Config
 from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
@@ -307,6 +309,37 @@ class AsyncLLM:
                 await mailbox.wait()
                 for _, output in mailbox.take():
                     yield output
+
+    async def beam_search(self, searches: Sequence[tuple[Order, BeamSearchParams]]) -> list[list[RequestOutput]]:
+        """The best texts of each search, best first. All go on in step, and each order's prompt is where its search begins.
+
+        Cancelling ends what runs of them in the engine. Raises ``RequestError`` subclasses, as ``open`` and ``Mailbox`` do.
+        """
+        most = min(self.config.model.max_logprobs, self.info.vocab_size)
+        for order, params in searches:
+            params.check(len(order.prompt_ids), self.info.max_model_len, most)
+        running = [BeamSearch(order.prompt_ids, params, self.info.eos_token_ids) for order, params in searches]
+        cached: list[int] = []
+        for turn in itertools.count():
+            asked = [search.asks for search in running]
+            orders = [
+                replace(order, id=f"{order.id}-{turn}-{k}", prompt_ids=ids, sampling=params.step)
+                for (order, params), every in zip(searches, asked, strict=True)
+                for k, ids in enumerate(every)
+            ]
+            if not orders:
+                break
+            with self.open(orders) as mailbox:
+                outputs = await mailbox.whole()
+            cached = cached or [output.num_cached for output in outputs]  # at first, each search is one request
+            told = iter(outputs)
+            for search, every in zip(running, asked, strict=True):
+                if every:
+                    search.take([next(told).logprobs[0] for _ in every])
+        return [
+            search.outputs(order.id, self.tokenizer, found)
+            for search, (order, _), found in zip(running, searches, cached, strict=True)
+        ]
 
     def _accept(self, order: Order, others: dict[str, GenerateRequest]) -> GenerateRequest:
         """The request as the engine takes it, or the ``RequestError`` why not. ``others`` were accepted with it."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from minivllm.beams import BeamSearch, BeamSearchParams
 from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
@@ -95,6 +96,31 @@ class LLM:
             self.engine.abort(list(done))
             raise
         return list(done.values())
+
+    def beam_search(self, prompts: Sequence[str | Sequence[int]], params: BeamSearchParams) -> list[list[Completion]]:
+        """The ``beam_width`` best texts of each prompt, best first. Raises what ``generate`` does."""
+        searches, most = [], min(self.config.model.max_logprobs, self.info.vocab_size)
+        for prompt in prompts:
+            ids = self._request(prompt, SamplingParams(max_tokens=1)).prompt_ids
+            params.check(len(ids), self.info.max_model_len, most)
+            searches.append(BeamSearch(ids, params, self.info.eos_token_ids))
+        cached: list[int] = []
+        while asked := [ids for search in searches for ids in search.asks]:
+            done = self.generate(asked, params.step)
+            cached = cached or [completion.num_cached for completion in done]
+            told = iter(done)
+            for search in searches:
+                if every := search.asks:
+                    search.take([next(told).logprobs[0] for _ in every])
+        return [
+            [self._told(prompt, search, output) for output in search.outputs("beam", self.tokenizer, found)]
+            for prompt, search, found in zip(prompts, searches, cached, strict=True)
+        ]
+
+    def _told(self, prompt: str | Sequence[int], search: BeamSearch, output: RequestOutput) -> Completion:
+        completion = Completion(prompt if isinstance(prompt, str) else None, search.prompt_ids)
+        _extend(completion, output)
+        return completion
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerateRequest:
         if isinstance(prompt, int):

@@ -82,6 +82,8 @@ class CompletionBody(OpenAIFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | bool | None = None  # likeliest tokens to tell of each position; false: none
     echo: bool | None = None  # texts begin with their prompt
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None  # of a beam search
     best_of: int | None = None  # texts to generate of each prompt, of which the n likeliest are told
 
 

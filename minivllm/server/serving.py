@@ -14,6 +14,7 @@ import msgspec
 from starlette.requests import Request
 
 from minivllm.async_llm import AsyncLLM, Order
+from minivllm.beams import BeamSearchParams
 from minivllm.config import Config
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
 from minivllm.server.drain import ClientGone, Drain
@@ -103,6 +104,12 @@ class Serving:
                 return await mailbox.whole()
 
         return await self.drain.run(work(), request.receive)
+
+    async def beam_search(
+        self, searches: Sequence[tuple[Order, BeamSearchParams]], request: Request
+    ) -> list[list[RequestOutput]]:
+        """The best texts of each search. Raises as ``whole`` does."""
+        return await self.drain.run(self.llm.beam_search(searches), request.receive)
 
 
 async def written(num_told: int, write: Callable[[], T]) -> T:

@@ -1,11 +1,17 @@
 """What a request can ask for, by the official client from the real server process."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from live_server import LiveServer, serve
+
+from minivllm.beams import BeamSearchParams
+from minivllm.llm import LLM
 
 PROMPT = "Once upon a time there was a little"
 
@@ -61,6 +67,46 @@ def test_a_text_that_repeats_itself_ends(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "Hello"}]
     chat = client.chat.completions.create(model="stories", messages=messages, max_tokens=9, **bias, extra_body=body)
     assert chat.choices[0].finish_reason == "repetition"
+
+
+def test_beam_search(client: openai.OpenAI, server: LiveServer, bundled_model: Path) -> None:
+    """The texts that ``LLM`` finds; with logprobs, ids, several prompts and an echo."""
+    prompts = [PROMPT, "The fox"]
+    llm = LLM(str(bundled_model), device="cpu", num_threads=1)
+    expected = [
+        text
+        for texts in llm.beam_search(prompts, BeamSearchParams(beam_width=3, max_tokens=12, length_penalty=0.5))
+        for text in texts
+    ]
+    asked: Any = {"use_beam_search": True, "length_penalty": 0.5, "return_token_ids": True}
+    done = complete(client, prompt=prompts, n=3, temperature=0, logprobs=2, extra_body=asked)
+    assert [choice.text for choice in done.choices] == [text.text for text in expected]
+    assert [choice.model_extra["token_ids"] for choice in done.choices] == [text.token_ids for text in expected]
+    assert len({choice.text for choice in done.choices[:3]}) == 3
+    assert done.usage.completion_tokens == sum(len(text.token_ids) for text in expected)
+    assert done.usage.prompt_tokens == sum(len(texts.prompt_ids) for texts in expected[::3])
+    scores = [
+        sum(c.logprobs.token_logprobs) / (len(c.model_extra["prompt_token_ids"]) + len(c.logprobs.tokens)) ** 0.5
+        for c in done.choices
+        if c.finish_reason == "length"
+    ]
+    assert scores[:3] == sorted(scores[:3], reverse=True)
+    echoed = complete(client, n=3, echo=True, extra_body=asked)
+    assert [choice.text for choice in echoed.choices] == [PROMPT + text.text for text in expected[:3]]
+    server.wait_idle()
+
+
+def test_a_search_that_nobody_waits_for_ends(client: openai.OpenAI, server: LiveServer) -> None:
+    body = {"prompt": [PROMPT] * 4, "n": 8, "use_beam_search": True, "max_tokens": 400, "ignore_eos": True}
+    before = server.metrics()["total_tokens_generated"]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=1.0)
+    server.wait_idle()
+    time.sleep(0.3)  # between two tokens of a search nothing runs either
+    after = server.wait_idle()["total_tokens_generated"]
+    assert before < after < before + 4 * 8 * 400, "it had begun, and it was not finished"
+    time.sleep(0.3)
+    assert server.wait_idle()["total_tokens_generated"] == after
 
 
 def test_the_best_of_several(client: openai.OpenAI) -> None:

@@ -242,6 +242,34 @@ def test_logprobs_of_prompts(http: httpx.Client, path: str) -> None:
     assert refusal(http.post(path, json={**GOOD[path], "prompt_logprobs": True}), 400)["param"] == "body.prompt_logprobs"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"stream": True}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1},
+        {"presence_penalty": 1}, {"frequency_penalty": 1}, {"min_tokens": 1}, {"logit_bias": {"5": 1}}, {"bad_words": ["x"]},
+        {"allowed_token_ids": [5]}, {"stop": ["x"]}, {"stop_token_ids": [5]}, {"prompt_logprobs": 1}, {"best_of": 3},
+        {"repetition_detection": {"max_pattern_size": 2, "min_count": 2}}, {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}}, {"n": 0}, {"n": 11}, {"length_penalty": 11}, {"length_penalty": -11},
+        {"echo": True, "logprobs": 1}, {"logprobs": 21}, {"max_tokens": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_beam_search_has_not(http: httpx.Client, more: dict[str, Any]) -> None:
+    body = {**GOOD["/v1/completions"], "use_beam_search": True, "n": 2, **more}
+    assert refusal(http.post("/v1/completions", json=body), 400)["param"] == next(iter(more))
+
+
+def test_beam_search_and_the_rest(http: httpx.Client) -> None:
+    good = {"prompt": ["x", "y"], "use_beam_search": True, "n": 2, "max_tokens": 2}
+    for more in ({"temperature": 0}, {"temperature": 1}, {"top_p": 1, "top_k": 0, "stop": [], "best_of": 2}, {"seed": 5}):
+        assert http.post("/v1/completions", json={**good, **more}).status_code == 200
+    error = refusal(http.post("/v1/completions", json={**good, "max_tokens": 10**6}), 400)
+    assert error["param"] == "input_tokens"
+    error = refusal(http.post("/v1/completions", json={**GOOD["/v1/completions"], "length_penalty": 2.0}), 400)
+    assert error["param"] == "length_penalty"
+    assert refusal(http.post("/v1/completions", json={**good, "prompt": ["x"] * 600}), 400)["param"] == "prompt"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("value", "param"), [
     ({"max_pattern_size": -1}, ""), ({"max_pattern_size": 513, "min_count": 2}, ""), ({"min_pattern_size": 2}, ""),

@@ -1,7 +1,7 @@
 """POST /v1/completions: text goes on where the prompt ends. A list of prompts gives n choices for each, in their order."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.async_llm import Order
+from minivllm.beams import BeamSearchParams
 from minivllm.errors import InvalidRequest, RequestError
+from minivllm.server.beams import beams_of, check_beams
 from minivllm.server.logprobs import Echoed, LogprobTexts
 from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated, with_best_of
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
@@ -34,15 +36,20 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, COMPLETION)
     head = Head(new_id("cmpl"), int(time.time()), s.model_name(body.model))
     usage = stream_usage(body)
-    orders = await _orders(s, body, head.id)
-    counts = Counts(orders[0].sampling.n, s.config.server.enable_prompt_tokens_details)
+    searches = await _searches(s, body, head.id) if check_beams(body) else []
+    orders = [order for order, p in searches for _ in range(p.beam_width)] or await _orders(s, body, head.id)
+    num_samples = searches[0][1].beam_width if searches else orders[0].sampling.n
+    counts = Counts(num_samples, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
     texts = [s.llm.tokenizer.decode(list(order.prompt_ids)) if body.echo else "" for order in orders]
     prompts = _Prompts([order.prompt_ids for order in orders], texts, logprobs_of(body.logprobs) if body.echo else None)
     if body.stream:
         return EventStream(s, orders, _Script(head, usage, counts, asked, prompts))
-    outputs = await s.whole(orders, request)
+    if searches:
+        outputs = [output for found in await s.beam_search(searches, request) for output in found]
+    else:
+        outputs = await s.whole(orders, request)
     best = _best(outputs, body.n or 1, counts.num_samples)
     if logprobs_of(body.logprobs) is None:
         outputs = [msgspec.structs.replace(output, logprobs=()) for output in outputs]  # only the choice wanted them
@@ -76,17 +83,33 @@ class _Prompts:
         return Echoed(self.ids[index], cut)
 
 
-async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
-    """One for each text: n of each prompt."""
-    prompts = prompts_of(body.prompt)
+async def _encoded(s: Serving, body: CompletionBody) -> AsyncIterator[list[int]]:
+    """The tokens of each prompt."""
+    prompts, special = prompts_of(body.prompt), body.add_special_tokens is not False
     if len(prompts) * max(body.n or 1, body.best_of or 1, 1) > MAX_PROMPTS:
         raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, n texts of one counted as n.", "prompt")
-    special, grammar = body.add_special_tokens is not False, grammar_of(body.response_format, body.structured_outputs)
+    for prompt in prompts:
+        ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
+        yield truncated(ids, body, s.llm.info.max_model_len)
+
+
+async def _searches(s: Serving, body: CompletionBody, request_id: str) -> list[tuple[Order, BeamSearchParams]]:
+    """A beam search for each prompt."""
+    found: list[tuple[Order, BeamSearchParams]] = []
+    async for ids in _encoded(s, body):
+        params, name = beams_of(body, s.room_for(DEFAULT_MAX_TOKENS, len(ids))), f"{request_id}-{len(found)}"
+        (order,) = s.orders(name, ids, params.step, body.priority or 0, body.cache_salt or "")
+        found.append((order, params))
+    return found
+
+
+async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Order]:
+    """One for each text: n of each prompt."""
+    grammar = grammar_of(body.response_format, body.structured_outputs)
     await s.check_grammar(grammar)
     orders: list[Order] = []
-    for i, prompt in enumerate(prompts):
-        ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
-        ids = truncated(ids, body, s.llm.info.max_model_len)
+    num_prompts = 0
+    async for ids in _encoded(s, body):
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
         wanted = {"max_tokens": max_tokens, "logprobs": logprobs_of(body.logprobs), "grammar": grammar}
         sampling = sampling_of(body, **s.sampling_defaults, **wanted)
@@ -94,7 +117,8 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
             most = max(sampling.logprobs, sampling.prompt_logprobs or 0)
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=most)
         sampling = with_best_of(sampling, body)
-        name, salt, streams = f"{request_id}-{i}", body.cache_salt or "", bool(body.stream)
+        name, salt, streams = f"{request_id}-{num_prompts}", body.cache_salt or "", bool(body.stream)
+        num_prompts += 1
         orders += s.orders(name, ids, sampling, body.priority or 0, salt, each_is_told=streams)
     return orders
 
