@@ -174,6 +174,74 @@ def test_draws_follow_the_distribution(sampling: SamplingParams, keep: int | Non
     assert abs(z) < 4
 
 
+PROMPT, OUTPUT = (3, 8, 8), (8, 12, 12, 12, 20)  # what is known when a token is drawn
+EVERYTHING = SamplingParams(
+    temperature=1.2, top_k=22, top_p=0.97, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4,
+    logit_bias=((4, 2.0), (8, 3.0), (10, -1.0)), allowed_token_ids=tuple(range(36)), bad_word_ids=((6,), (20, 30), (5, 31)),
+    min_tokens=9, stop_token_ids=(7, 33), max_tokens=20,
+)  # fmt: skip
+
+
+def shaped(logits: np.ndarray, p: SamplingParams, eos: tuple[int, ...]) -> np.ndarray:
+    """Probabilities [vocab] of the next token, feature by feature, each written as its definition says."""
+    x, vocab = logits.astype(np.float64), len(logits)
+    for token, value in p.logit_bias:  # first, as vLLM does: a penalty is of the logit that the bias made
+        x[token] += value
+    for token in {*PROMPT, *OUTPUT}:
+        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+    for token in set(OUTPUT):
+        x[token] -= p.frequency_penalty * OUTPUT.count(token) + p.presence_penalty
+    banned = {t for t in range(vocab) if p.allowed_token_ids is not None and t not in p.allowed_token_ids}
+    banned |= {last for *begin, last in p.bad_word_ids if not begin or OUTPUT[-len(begin) :] == tuple(begin)}
+    banned |= {*eos, *p.stop_token_ids} if len(OUTPUT) < p.min_tokens else set()
+    x[sorted(banned)] = -INF
+    x /= p.temperature
+    probabilities = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+    probabilities[probabilities < p.min_p * probabilities.max() * (1 - 1e-9)] = 0.0
+    if p.top_k:
+        probabilities[probabilities < np.sort(probabilities)[-p.top_k]] = 0.0
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)
+    probabilities[order[int(np.searchsorted(np.cumsum(probabilities[order]), p.top_p)) + 1 :]] = 0.0
+    return probabilities / probabilities.sum()
+
+
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(temperature=1.6), SamplingParams(top_k=6), SamplingParams(top_p=0.7), SamplingParams(min_p=0.15),
+    SamplingParams(repetition_penalty=2.4), SamplingParams(presence_penalty=1.5), SamplingParams(frequency_penalty=-0.8),
+    SamplingParams(logit_bias=((3, 1.5), (7, -2.0))), SamplingParams(allowed_token_ids=(1, 5, 8, 30)),
+    SamplingParams(bad_word_ids=((6,), (20, 30), (5, 31))), SamplingParams(min_tokens=6, stop_token_ids=(7, 33), max_tokens=9),
+    EVERYTHING,
+])  # fmt: skip
+def test_each_feature_alone_and_all_together(sampling: SamplingParams) -> None:
+    """Chi-square over 120,000 draws after known tokens, over seeds and sample indices; seeded, so always the same."""
+    n, vocab, known = 2000, 40, (*PROMPT, *OUTPUT)
+    logits = torch.linspace(-2.0, 2.0, vocab)[torch.randperm(vocab, generator=torch.Generator().manual_seed(5))]
+    counts = np.zeros(vocab, dtype=np.int64)
+    tokens = torch.tensor(known, dtype=torch.int32).repeat(n, 1)
+    sampler = Sampler(n, vocab, (2,))
+    for turn in range(60):
+        for row in range(n):
+            new = NewRow(row, row, known, len(PROMPT), sampling, row % 50, 40 * turn + row // 50, 0, ((),), 0)
+            (sampler if turn == 0 else sampler._draw).set_row(new)  # later turns have other random numbers alone
+        chosen = sampler.sample(logits.repeat(n, 1), np.arange(n), np.full(n, len(known)), tokens)
+        counts += np.bincount(chosen.numpy(), minlength=vocab)
+    p = shaped(logits.numpy(), sampling, (2,))
+    plain = shaped(logits.numpy(), SamplingParams(), (2,))
+    kept = p > 0
+    assert counts.sum() == 120_000 and counts[~kept].sum() == 0
+    assert distance(counts[kept], p[kept]) < 4
+    assert distance(counts, plain) > 20, "the test can tell it from what is drawn without it"
+
+
+def distance(counts: np.ndarray, p: np.ndarray) -> float:
+    """How far counts are from probabilities, in standard deviations: chi-square after Wilson and Hilferty."""
+    expected = p * counts.sum()
+    assert expected.min() > 5
+    chi2, freedom = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+    return abs(((chi2 / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)))
+
+
 def test_neighbouring_positions_are_independent() -> None:
     """Pairs of tokens of successive positions, seeds and sample indices fill the square evenly."""
     size, n = 8, 4000
