@@ -151,8 +151,13 @@ def test_the_runner_of_a_gpu_tells_prompts_too(make_llm: Callable[..., tuple[LLM
     llm, model = make_llm(
         "llama-gqa", device=triton_device.type, gpu_kernels="triton", async_scheduling=True, max_num_batched_tokens=24
     )
+    graphs: Any = llm.engine._executor.runner.graphs  # type: ignore[attr-defined]
+    parts: list[str] = []
+    plain = graphs.run
+    graphs.run = lambda part, size: parts.append(part) or plain(part, size)
     asked = [SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=n) for n in (1, None, 4)]
     first, second, third = llm.generate(PROMPTS, asked)
+    assert "decode" in parts and "mixed" not in parts, "a captured piece would keep its hidden states to itself"
     check_prompt(model, first, 1)
     assert second.prompt_logprobs is None
     check_prompt(model, third, 4)

@@ -293,6 +293,12 @@ def test_the_best_of_too_few(http: httpx.Client) -> None:
     assert refusal(http.post("/v1/completions", json=many), 400)["param"] == "prompt"
 
 
+def test_too_many_logprobs_of_prompts(http: httpx.Client) -> None:
+    many = {"prompt": [[5] * 500] * 450, "max_tokens": 1}
+    for more in ({"prompt_logprobs": 20}, {"prompt_logprobs": 9, "n": 2}, {"echo": True, "logprobs": 20}):
+        assert refusal(http.post("/v1/completions", json={**many, **more}), 400)["param"] == "prompt_logprobs"
+
+
 def test_tokenize_needs_one_source(http: httpx.Client) -> None:
     refusal(http.post("/tokenize", json={"prompt": "x", "messages": []}), 400)
     refusal(http.post("/tokenize", json={"prompt": "x", "add_generation_prompt": True}), 400)

@@ -25,6 +25,7 @@ from minivllm.types import RequestOutput, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
+MAX_TOLD = 2**22  # logprobs of prompts' tokens in one reply: some 300 MB while it is made
 
 router = APIRouter()
 
@@ -108,7 +109,7 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     grammar = grammar_of(body.response_format, body.structured_outputs)
     await s.check_grammar(grammar)
     orders: list[Order] = []
-    num_prompts = 0
+    num_prompts = num_told = 0
     async for ids in _encoded(s, body):
         max_tokens = s.room_for(DEFAULT_MAX_TOKENS, len(ids))
         wanted = {"max_tokens": max_tokens, "logprobs": logprobs_of(body.logprobs), "grammar": grammar}
@@ -116,6 +117,13 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
         if body.echo and sampling.logprobs is not None:
             most = max(sampling.logprobs, sampling.prompt_logprobs or 0)
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=most)
+        if sampling.prompt_logprobs is not None:
+            num_told += len(ids) * (1 + sampling.prompt_logprobs) * sampling.n
+        if num_told > MAX_TOLD:
+            raise InvalidRequest(
+                f"One reply tells at most {MAX_TOLD} logprobs of prompts; send fewer or shorter ones, or ask for less of each.",
+                "prompt_logprobs",
+            )
         sampling = with_best_of(sampling, body)
         name, salt, streams = f"{request_id}-{num_prompts}", body.cache_salt or "", bool(body.stream)
         num_prompts += 1
