@@ -87,15 +87,15 @@ def test_running_out_of_memory_costs_no_token(
     prompts = [[3 * i + j for j in range(20)] for i in range(3)]
     sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     expected = [c.token_ids for c in make_llm("llama-gqa", device="cpu").generate(prompts, sampling)]
-    llm, body, tried = make_llm("llama-gqa", **triton_options, enforce_eager=True), DeviceRunner.body, []
+    llm, hidden, tried = make_llm("llama-gqa", **triton_options, enforce_eager=True), DeviceRunner.hidden, []
 
-    def too_large(self: DeviceRunner, num_tokens: int, decode: bool, host: Any, *, shared: bool = False) -> None:
+    def too_large(self: DeviceRunner, num_tokens: int, decode: bool, host: Any, *, shared: bool = False) -> torch.Tensor:
         tried.append(num_tokens)
         if num_tokens > 16:
             raise torch.OutOfMemoryError("more than there is")
-        body(self, num_tokens, decode, host, shared=shared)
+        return hidden(self, num_tokens, decode, host, shared=shared)
 
-    monkeypatch.setattr(DeviceRunner, "body", too_large)
+    monkeypatch.setattr(DeviceRunner, "hidden", too_large)
     assert [c.token_ids for c in llm.generate(prompts, sampling)] == expected
     assert max(tried) > 16
     llm.engine.check()
