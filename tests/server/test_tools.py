@@ -233,13 +233,13 @@ def test_reasoning(start_with: Callable[..., Live]) -> None:
 
 
 def test_gpt_oss(start_with: Callable[..., Live]) -> None:
-    live = start_with(reasoning_parser="openai_gptoss")
-    call = '<|channel|>commentary to=functions.news <|constrain|>json<|message|>{}<|call|>'
+    live = start_with(reasoning_parser="openai_gptoss")  # the end of its text is the token <|end|>, which is one of the marks
+    call = '<|channel|>commentary to=functions.news <|constrain|>json<|message|>{}'
     live.client.text = f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{call}"
     whole, joined = both_ways(live)
     assert whole.message.reasoning == joined["reasoning"] == "Hm."
     assert [c.function.name for c in whole.message.tool_calls] == ["news"] and whole.message.content is None
-    live.client.text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Sun.<|return|>"
+    live.client.text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Sun."
     whole, joined = both_ways(live, tools=openai.NOT_GIVEN, response_format={"type": "json_object"})
     assert whole.message.content == joined["content"] == "Sun." and joined["reasoning"] == "Hm."
     grammar = live.client.added[-1].sampling.grammar
