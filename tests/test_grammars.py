@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minivllm.engine.grammars import Guide
 from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.llm import LLM, Completion
 from minivllm.text.grammar import choice_grammar, json_grammar, text_grammar
@@ -164,6 +165,29 @@ def test_grammars_that_cannot_be_followed(make_llm: Callable[..., LLM]) -> None:
     with pytest.raises(GenerationFailed, match="No token is left"):
         llm.generate([PROMPT], asked(choice_grammar(["yes"]), allowed_token_ids=(5,)))
     assert llm.generate([PROMPT], asked(choice_grammar(["yes"])))[0].text == "yes"
+
+
+def test_a_fault_in_following_ends_that_request(make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    wanted = llm.generate(["The"], asked(None, max_tokens=6, ignore_eos=True))[0].token_ids
+
+    def broken(self: Guide, taken: bool) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Guide, "_went_on", broken)
+    faulty = llm._request(PROMPT, asked(json_grammar(PERSON)))
+    other = llm._request("The", asked(None, max_tokens=6, ignore_eos=True))
+    for request in (faulty, other):
+        llm.engine.add(request)
+    events: dict[str, list[Any]] = {faulty.id: [], other.id: []}
+    while llm.engine.has_work:
+        if (output := llm.engine.step()) is not None:
+            for event in output.events:
+                events[event.id].append(event)
+    assert [(event.finish_reason, event.token_ids) for event in events[faulty.id]] == [("error", ())]
+    assert "its log says why" in events[faulty.id][0].error
+    assert [token for event in events[other.id] for token in event.token_ids] == wanted
+    llm.engine.check()
 
 
 def test_an_abort_while_the_grammar_is_made(make_llm: Callable[..., LLM]) -> None:

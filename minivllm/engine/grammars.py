@@ -13,6 +13,7 @@ Making a matcher of a long schema can take some hundred milliseconds, so a threa
 is kept for the next request with that grammar, within a bound of bytes.
 """
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,10 @@ CACHE_BYTES = 64 * 2**20  # of grammars that are kept for later requests
 MOST_CERTAIN = 1024  # tokens that are settled at a time
 _ALL = -1  # a word of a mask with every bit set
 _NO_TOKEN = "No token is left that the grammar and the other wishes (allowed_token_ids, bad_words ...) both allow; drop one."
+_FAULT = "The engine failed at following the grammar of this request; its log says why."
 _TOO_COMPLEX = "The grammar became too complex to follow at this place of the text; simplify it."
+
+log = logging.getLogger("minivllm")
 
 
 class Guide:
@@ -63,9 +67,17 @@ class Guide:
         return tuple(islice(self._certain, skip, skip + most)) if self._hurries else ()
 
     def take(self, token_id: int) -> Took:
-        """See ``scheduler.request.Guide``."""
-        if self.problem:
+        """See ``scheduler.request.Guide``. Raises nothing: a fault in following one text is not the others'."""
+        try:
+            return "refused" if self.problem else self._take(token_id)
+        except BaseException as error:  # a panic of llguidance is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            log.exception("a text cannot be followed any further")
+            self.problem = _FAULT
             return "refused"
+
+    def _take(self, token_id: int) -> Took:
         if self._opener:
             if token_id == self._opener[0]:
                 self._opener.popleft()

@@ -147,6 +147,7 @@ class Scheduler:
                 found = result.logprobs[i] if result.logprobs else None
                 of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
                 self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
+                entry.request.failures = 0  # only now: what cannot be applied fails again, and must not do so for ever
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
     def _apply_entry(
@@ -155,7 +156,6 @@ class Scheduler:
         request, (logprobs, of_prompt) = entry.request, found
         request.in_flight -= 1
         request.pending -= entry.adds
-        request.failures = 0
         if entry.prefill:
             self._ledger.num_prompt_tokens += entry.num_tokens - len(entry.forced)
         if request.running:
@@ -178,7 +178,8 @@ class Scheduler:
             end, kept = self._append(request, (*entry.forced, *tokens))
             tokens = (*entry.forced, *tokens)[:kept]
             logprobs = logprobs[:kept]
-        self._ledger.tokens(request, len(tokens), now)
+        if tokens:  # none where the first was refused
+            self._ledger.tokens(request, len(tokens), now)
         cached = request.cached or 0
         events.append(
             TokenEvent(
