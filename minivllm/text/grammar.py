@@ -71,13 +71,13 @@ def text_grammar(source: str) -> Grammar:
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
     """A vocabulary as matchers walk it. ``vocab_size``: of the model's logits. Takes up to a second for 150,000 tokens."""
-    return words_of(tokenizer.as_json(), max(vocab_size, tokenizer.vocab_size), eos_token_ids)
+    return words_of(tokenizer.as_json(), max(vocab_size, tokenizer.vocab_size), tokenizer.known_ids(eos_token_ids))
 
 
 def words_of(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
-    """The same from the text of a tokenizer.json. ``vocab_size``: of logits or tokenizer, whichever has more."""
-    eos = [token for token in eos_token_ids if token < vocab_size] or [vocab_size - 1]
-    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+    """The same from the text of a tokenizer.json. ``vocab_size``: of logits or tokenizer, whichever has more; the tokens that end
+    a text must be the tokenizer's."""
+    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
 
 
 def matcher(grammar: Grammar, words: LLTokenizer) -> LLMatcher:

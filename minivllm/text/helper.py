@@ -254,11 +254,14 @@ class Helpers:
             return
         if self._grammars is None:
             size = max(self._info.vocab_size, self._tokenizer.vocab_size)
-            self._grammars = Helper(grammars(Words(self._tokenizer.as_json(), size, self._info.eos_token_ids)))
+            self._grammars = Helper(grammars(Words(self._tokenizer.as_json(), size, self._ends())))
         await self._grammars.do(Try(plain))
         self._good[plain] = None
         if len(self._good) > MOST_KNOWN:
             self._good.popitem(last=False)
+
+    def _ends(self) -> tuple[int, ...]:
+        return self._tokenizer.known_ids(self._info.eos_token_ids)
 
     def close(self) -> None:
         """End the children."""

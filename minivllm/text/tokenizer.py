@@ -49,6 +49,10 @@ class Tokenizer:
         found: int | None = None if token is None else self._backend.token_to_id(token)
         return found
 
+    def known_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Those of the ids that the vocabulary has (models may have more tokens); where it has none, its last."""
+        return tuple(i for i in token_ids if i < self.vocab_size) or (self.vocab_size - 1,)
+
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is written so; None: there is none."""
         found = self._id_of(text)
