@@ -75,8 +75,8 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[in
 
 
 def words_of(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
-    """The same from the text of a tokenizer.json. ``vocab_size``: of logits or tokenizer, whichever has more; the tokens that end
-    a text must be the tokenizer's."""
+    """The same from the text of a tokenizer.json. ``vocab_size``: of logits or tokenizer, whichever has more. The tokens that
+    end a text must be the tokenizer's."""
     return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
 
 
@@ -158,6 +158,6 @@ def _line_by_line(source: str) -> str:
 
 
 def _refused(reason: str) -> InvalidRequest:
-    short = " ".join(reason.split())[:300]
+    short = " ".join(reason.partition("<backtrace>")[0].split())[:300]  # no addresses and paths of this program
     words = reason_in_words(reason)
     return InvalidRequest(words or f"The grammar cannot be followed here: {short}; change or simplify it.")
