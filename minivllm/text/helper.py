@@ -13,6 +13,7 @@ import subprocess
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import msgspec
@@ -215,7 +216,7 @@ class Helpers:
         self._info = info
         self._templates: Helper | None = None
         self._grammars: Helper | None = None
-        self._good: OrderedDict[Grammar, None] = OrderedDict()  # the latest used last
+        self._good: OrderedDict[bytes, None] = OrderedDict()  # digests, the latest used last
 
     @property
     def pids(self) -> list[int]:
@@ -249,14 +250,15 @@ class Helpers:
     async def check(self, grammar: Grammar) -> None:
         """See whether the engine can follow a grammar, within the limits. Raises ``InvalidRequest``."""
         plain = Grammar(grammar.kind, grammar.source, grammar.compact)
-        if plain in self._good:
-            self._good.move_to_end(plain)
+        digest = sha256(msgspec.msgpack.encode(plain)).digest()
+        if digest in self._good:
+            self._good.move_to_end(digest)
             return
         if self._grammars is None:
             size = max(self._info.vocab_size, self._tokenizer.vocab_size)
             self._grammars = Helper(grammars(Words(self._tokenizer.as_json(), size, self._ends())))
         await self._grammars.do(Try(plain))
-        self._good[plain] = None
+        self._good[digest] = None
         if len(self._good) > MOST_KNOWN:
             self._good.popitem(last=False)
 

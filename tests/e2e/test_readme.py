@@ -29,7 +29,7 @@ def test_every_curl_line_gets_an_answer(repo: Path, server: LiveServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     lines = [b for b in blocks(repo, "bash") if b.startswith("curl")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         done = subprocess.run(
             ["bash", "-c", line.replace(ADDRESS, server.url)], capture_output=True, text=True, timeout=120, check=True

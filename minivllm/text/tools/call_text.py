@@ -166,3 +166,24 @@ class CallText:
             return None
         value = yield from self.value()
         return None if value is None else str(json.loads(value))
+
+
+class WholeTextParser:
+    """What parsers have in common that read a text as if it were whole. Written by whoever reads the text."""
+
+    def __init__(self, functions: Sequence[Function]) -> None:
+        self._text = CallText(functions)
+        self._steps = self._read(self._text)
+
+    @staticmethod
+    def _read(text: CallText) -> Steps[None]:
+        """Read the text to its end; each parser has its own way."""
+        raise NotImplementedError
+
+    def feed(self, text: str) -> Sequence[Piece]:
+        """Take the next part of the text."""
+        return self._text.feed(text, self._steps)
+
+    def finish(self) -> Sequence[Piece]:
+        """The text has ended."""
+        return self._text.finish(self._steps)

@@ -21,8 +21,8 @@ The bars are U+FF5C and the underscores U+2581. The outer marks may be missing; 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from minivllm.text.reply import Function, Piece
-from minivllm.text.tools.call_text import CallText, Steps
+from minivllm.text.reply import Function
+from minivllm.text.tools.call_text import CallText, Steps, WholeTextParser
 from minivllm.text.tools.lark import choice, quoted
 
 _ALL_BEGIN: Final = "<｜tool▁calls▁begin｜>"
@@ -35,22 +35,20 @@ _FENCE: Final = "```"
 _FENCED: Final = "\n```json\n"
 
 
-class DeepSeekV3:
+class DeepSeekV3(WholeTextParser):
     """Finds calls in one reply. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = (_ALL_BEGIN, _BEGIN, _SEPARATOR, _END, _ALL_END)
 
-    def __init__(self, functions: Sequence[Function]) -> None:
-        self._text = CallText(functions)
-        self._steps = _read(self._text)
-
-    def feed(self, text: str) -> Sequence[Piece]:
-        """Take the next part of the text."""
-        return self._text.feed(text, self._steps)
-
-    def finish(self) -> Sequence[Piece]:
-        """The text has ended."""
-        return self._text.finish(self._steps)
+    @staticmethod
+    def _read(text: CallText) -> Steps[None]:
+        while mark := (yield from text.until(_ALL_BEGIN, _BEGIN)):
+            if mark == _ALL_BEGIN:
+                yield from text.space()
+                mark = yield from text.take(_BEGIN)
+            good = mark != "" and (yield from _call(text))
+            if text.settle(good):
+                yield from text.skip(_ALL_END)
 
     @staticmethod
     def grammar(functions: Sequence[Function], parallel: bool, mark: Callable[[str], str]) -> str:
@@ -71,16 +69,6 @@ class DeepSeekV3:
                 *choice("bare", functions, lambda name: f"{quoted(name)} {separator}", ""),
             ]
         )
-
-
-def _read(text: CallText) -> Steps[None]:
-    while mark := (yield from text.until(_ALL_BEGIN, _BEGIN)):
-        if mark == _ALL_BEGIN:
-            yield from text.space()
-            mark = yield from text.take(_BEGIN)
-        good = mark != "" and (yield from _call(text))
-        if text.settle(good):
-            yield from text.skip(_ALL_END)
 
 
 def _call(text: CallText) -> Steps[bool]:

@@ -12,8 +12,8 @@ once for each call, with plain text before it if the model likes. Whitespace may
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from minivllm.text.reply import Function, Piece
-from minivllm.text.tools.call_text import CallText, Steps
+from minivllm.text.reply import Function
+from minivllm.text.tools.call_text import CallText, Steps, WholeTextParser
 from minivllm.text.tools.json_call import json_call
 from minivllm.text.tools.lark import json_choice
 
@@ -21,22 +21,20 @@ _BEGIN: Final = "<tool_call>"
 _END: Final = "</tool_call>"
 
 
-class Hermes:
+class Hermes(WholeTextParser):
     """Finds calls in one reply. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = (_BEGIN, _END)
 
-    def __init__(self, functions: Sequence[Function]) -> None:
-        self._text = CallText(functions)
-        self._steps = _read(self._text)
-
-    def feed(self, text: str) -> Sequence[Piece]:
-        """Take the next part of the text."""
-        return self._text.feed(text, self._steps)
-
-    def finish(self) -> Sequence[Piece]:
-        """The text has ended."""
-        return self._text.finish(self._steps)
+    @staticmethod
+    def _read(text: CallText) -> Steps[None]:
+        while (yield from text.until(_BEGIN)):
+            yield from text.space()
+            good = yield from json_call(text)
+            if good:
+                yield from text.space()
+                good = (yield from text.take(_END)) != ""
+            text.settle(good)
 
     @staticmethod
     def grammar(functions: Sequence[Function], parallel: bool, mark: Callable[[str], str]) -> str:
@@ -48,13 +46,3 @@ class Hermes:
                 *json_choice("body", functions),
             ]
         )
-
-
-def _read(text: CallText) -> Steps[None]:
-    while (yield from text.until(_BEGIN)):
-        yield from text.space()
-        good = yield from json_call(text)
-        if good:
-            yield from text.space()
-            good = (yield from text.take(_END)) != ""
-        text.settle(good)

@@ -13,8 +13,8 @@ on. In one that is looked at, a call may also follow text, behind a ``;`` or a t
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from minivllm.text.reply import Function, Piece
-from minivllm.text.tools.call_text import CallText, Steps
+from minivllm.text.reply import Function
+from minivllm.text.tools.call_text import CallText, Steps, WholeTextParser
 from minivllm.text.tools.json_call import json_call
 from minivllm.text.tools.lark import json_choice
 
@@ -22,45 +22,33 @@ _TAG: Final = "<|python_tag|>"
 _SEPARATOR: Final = ";"
 
 
-class Llama3Json:
+class Llama3Json(WholeTextParser):
     """Finds calls in one reply. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = (_TAG,)
 
-    def __init__(self, functions: Sequence[Function]) -> None:
-        self._text = CallText(functions)
-        self._steps = _read(self._text)
-
-    def feed(self, text: str) -> Sequence[Piece]:
-        """Take the next part of the text."""
-        return self._text.feed(text, self._steps)
-
-    def finish(self) -> Sequence[Piece]:
-        """The text has ended."""
-        return self._text.finish(self._steps)
+    @staticmethod
+    def _read(text: CallText) -> Steps[None]:
+        yield from text.space()
+        text.log.begin()
+        tag = yield from text.take(_TAG)
+        yield from text.space()
+        if not tag and (yield from text.following()) != "{":
+            text.log.refuse()
+            yield from text.rest()
+            return
+        while True:
+            good = yield from json_call(text)
+            if text.settle(good) and (yield from text.skip(_SEPARATOR)):
+                yield from text.space()
+                text.log.begin()
+                yield from text.take(_TAG)
+            elif not (yield from text.until(_SEPARATOR, _TAG)):
+                return
+            yield from text.space()
 
     @staticmethod
     def grammar(functions: Sequence[Function], parallel: bool, mark: Callable[[str], str]) -> str:
         """See ``ToolParser.grammar``. Without the tag, as the templates ask for it."""
         start = 'start: call ("; " call)*' if parallel else "start: call"
         return "\n".join([start, *json_choice("call", functions, "parameters")])
-
-
-def _read(text: CallText) -> Steps[None]:
-    yield from text.space()
-    text.log.begin()
-    tag = yield from text.take(_TAG)
-    yield from text.space()
-    if not tag and (yield from text.following()) != "{":
-        text.log.refuse()
-        yield from text.rest()
-        return
-    while True:
-        good = yield from json_call(text)
-        if text.settle(good) and (yield from text.skip(_SEPARATOR)):
-            yield from text.space()
-            text.log.begin()
-            yield from text.take(_TAG)
-        elif not (yield from text.until(_SEPARATOR, _TAG)):
-            return
-        yield from text.space()

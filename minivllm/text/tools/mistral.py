@@ -16,8 +16,8 @@ too early keeps the calls that it has, and behind a broken one the next mark is 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from minivllm.text.reply import Function, Piece
-from minivllm.text.tools.call_text import CallText, Steps
+from minivllm.text.reply import Function
+from minivllm.text.tools.call_text import CallText, Steps, WholeTextParser
 from minivllm.text.tools.json_call import json_call
 from minivllm.text.tools.lark import choice, json_choice, quoted
 
@@ -27,22 +27,19 @@ _ARGUMENTS: Final = "[ARGS]"
 _ID_CHARACTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
-class Mistral:
+class Mistral(WholeTextParser):
     """Finds calls in one reply. Written by whoever reads the text."""
 
     MARKS: ClassVar[tuple[str, ...]] = (_BEGIN, _ID, _ARGUMENTS)
 
-    def __init__(self, functions: Sequence[Function]) -> None:
-        self._text = CallText(functions)
-        self._steps = _read(self._text)
-
-    def feed(self, text: str) -> Sequence[Piece]:
-        """Take the next part of the text."""
-        return self._text.feed(text, self._steps)
-
-    def finish(self) -> Sequence[Piece]:
-        """The text has ended."""
-        return self._text.finish(self._steps)
+    @staticmethod
+    def _read(text: CallText) -> Steps[None]:
+        while (yield from text.until(_BEGIN)):
+            yield from text.space()
+            if (yield from text.take("[")):
+                yield from _list(text)
+            else:
+                text.settle((yield from _named(text)))
 
     @staticmethod
     def grammar(functions: Sequence[Function], parallel: bool, mark: Callable[[str], str]) -> str:
@@ -57,15 +54,6 @@ class Mistral:
                 *choice("call", functions, lambda name: f"{quoted(name)} {mark(_ARGUMENTS)}", ""),
             ]
         )
-
-
-def _read(text: CallText) -> Steps[None]:
-    while (yield from text.until(_BEGIN)):
-        yield from text.space()
-        if (yield from text.take("[")):
-            yield from _list(text)
-        else:
-            text.settle((yield from _named(text)))
 
 
 def _list(text: CallText) -> Steps[None]:
