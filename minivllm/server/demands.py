@@ -55,10 +55,12 @@ class Demands:
             return asked
         if asked.kind != "json":
             raise InvalidRequest("Beside tools only a JSON format can be asked for; leave one out.", "structured_outputs")
+        if self.parsers.trigger is None:
+            raise InvalidRequest("No mark tells this model's calls from JSON; ask for a format or offer tools.", "tools")
         schema = {**json.loads(asked.source), **({"x-guidance": {"whitespace_flexible": False}} if asked.compact else {})}
         start, _, rest = self._calls().partition("start:")
         answer = json.dumps(schema, ensure_ascii=False)
-        return Grammar("lark", f"start: answer | calls\nanswer: %json {answer}\n{start}calls:{rest}")
+        return Grammar("lark", f"start: an_answer | some_calls\nan_answer: %json {answer}\n{start}some_calls:{rest}")
 
     def _calls_once_begun(self) -> Grammar:
         """Free text, until the model begins a call."""
