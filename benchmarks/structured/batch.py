@@ -1,6 +1,7 @@
 """What grammars cost a batch: 64 rows with 32 different schemas, and the same rows without.
 
     python -m benchmarks.structured.batch [--model A|tiny|bundled] [--rows 64] [--tokens 256] [--repeats 3] [--tokenizer FOLDER]
+        [--temperature 0]
 
 Both run to the same length: the schemas ask for arrays that are longer. "sampled": every token is sampled under its mask, also
 where the grammar leaves no choice (that is how it is with logprobs). "with certain tokens": those are computed in one step with
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the same few tokens again and again")
     found = parser.parse_args()
     options: dict[str, Any] = {"max_num_seqs": found.rows, "max_model_len": 1024}
     folder = None
@@ -66,11 +68,9 @@ def main() -> None:
     while llm.engine.prepare_more():
         pass
     grammars = [json_grammar(schema) for schema in schemas()]
-    plain = [SamplingParams(max_tokens=found.tokens, seed=i, ignore_eos=True) for i in range(found.rows)]
-    held = [
-        SamplingParams(max_tokens=found.tokens, seed=i, ignore_eos=True, grammar=grammars[i % NUM_SCHEMAS])
-        for i in range(found.rows)
-    ]
+    common: dict[str, Any] = {"max_tokens": found.tokens, "temperature": found.temperature, "ignore_eos": True}
+    plain = [SamplingParams(seed=i, **common) for i in range(found.rows)]
+    held = [SamplingParams(seed=i, grammar=grammars[i % NUM_SCHEMAS], **common) for i in range(found.rows)]
     cases = {"no grammar": (plain, True), "sampled": (held, False), "with certain tokens": (held, True)}
     rates: dict[str, list[float]] = {name: [] for name in cases}
     steps: dict[str, int] = {}
@@ -92,7 +92,8 @@ def main() -> None:
     for name, each in rates.items():
         middle = statistics.median(each)
         print(f"{name:<20} {middle:>10,.0f} tokens/s  {middle / base:6.3f} of no grammar  {steps[name]:>5} steps")
-    record = {"model": found.model, "device": llm.info.device, "rows": found.rows, "tokens": found.tokens, "rates": rates}
+    shape = {"rows": found.rows, "tokens": found.tokens, "temperature": found.temperature}
+    record = {"model": found.model, "device": llm.info.device, **shape, "rates": rates}
     print(json.dumps(record))
 
 
