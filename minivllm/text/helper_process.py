@@ -1,8 +1,8 @@
 """The child of ``helper.py``: does one job after another until its socket closes."""
 
+import contextlib
 import os
 import resource
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,14 @@ def main() -> int:
     os.nice(_NICENESS)
     frames = FrameReader(ToHelper)  # type: ignore[arg-type]
     worker: Worker = _nothing
-    while data := sock.recv(1 << 18):
-        for message in frames.feed(data):
-            if isinstance(message, Begin):
-                worker = _worker(message)
-                _answer(sock, Done())
-            else:
-                _answer(sock, _done(worker, message))
+    with contextlib.suppress(ConnectionError):  # the parent has gone
+        while data := sock.recv(1 << 18):
+            for message in frames.feed(data):
+                if isinstance(message, Begin):
+                    worker = _worker(message)
+                    sock.sendall(encode(Done()))
+                else:
+                    sock.sendall(encode(_done(worker, message)))
     return 0
 
 
@@ -82,10 +83,6 @@ def _done(worker: Worker, job: object) -> Done | Refused:
 
 def _nothing(_: object) -> str:
     raise InvalidRequest("The helper was given no duty.")
-
-
-def _answer(sock: socket.socket, message: Done | Refused) -> None:
-    sock.sendall(encode(message))
 
 
 def _virtual_bytes() -> int | None:
