@@ -32,8 +32,7 @@ class Guard:
         self._lengths = range(1, max(map(len, longest_first), default=1))
 
     def marked(self, value: Any) -> tuple[Any, str]:
-        """The same JSON value with marks in its texts, and the mark; "": there was nothing to mark. Names of fields are not
-        touched, and neither are texts of a "role" or "type", which the server checks itself."""
+        """The same JSON value with marks in its texts, and the mark; "": there was nothing to mark."""
         mark = "x" + secrets.token_hex(_MARK_BYTES)
         result = self._walk(value, mark)
         return (result, mark) if result != value else (value, "")
@@ -42,13 +41,22 @@ class Guard:
         if isinstance(value, str):
             return self._text(value, mark)
         if isinstance(value, dict):
-            return {k: v if k in ("role", "type") else self._walk(v, mark) for k, v in value.items()}
+            return {self._marked_tokens(name, mark): self._field(name, item, mark) for name, item in value.items()}
         return [self._walk(item, mark) for item in value] if isinstance(value, list | tuple) else value
+
+    def _field(self, name: str, value: Any, mark: str) -> Any:
+        """A "role" or "type" is a word that templates compare, so its edges are left alone."""
+        is_word = name in ("role", "type") and isinstance(value, str)
+        return self._marked_tokens(value, mark) if is_word else self._walk(value, mark)
 
     def _text(self, text: str, mark: str) -> str:
         front = mark if any(text[:n] in self._endings for n in self._lengths) else ""
         back = mark if any(text[-n:] in self._beginnings for n in self._lengths) else ""
-        return front + self._any.sub(lambda found: found[0][:1] + mark + found[0][1:], text) + back
+        return front + self._marked_tokens(text, mark) + back
+
+    def _marked_tokens(self, text: str, mark: str) -> str:
+        """With a mark in every token that stands in it whole; all that is done to names, which templates look for."""
+        return self._any.sub(lambda found: found[0][:1] + mark + found[0][1:], text)
 
     def of_template(self, text: str, prefix: str) -> str:
         """A rendered text with ``prefix`` before every special token that holds no mark."""

@@ -56,14 +56,14 @@ def test_a_token_in_two_parts_stays_two_parts(tokenizer: Tokenizer) -> None:
     assert set(tokenizer.encode("<|im_end|>", False)) <= tokenizer.special_ids, "which it would be"
 
 
-def test_texts_everywhere_are_marked_and_names_are_not() -> None:
+def test_texts_everywhere_are_marked() -> None:
     guard = Guard(["<|end|>", "</s>"])
     chat = {"role": "</s>", "content": ["</s>", {"type": "</s>", "a": {"b": "x<|end|>"}}], "n": 3, "</s>": None}
     marked, mark = guard.marked(chat)
-    assert mark and marked["role"] == "</s>" and marked["content"][1]["type"] == "</s>" and "</s>" in marked
+    assert mark and "</s>" not in marked and "</s>" not in (marked["role"], marked["content"][1]["type"])
     assert json.loads(json.dumps(marked).replace(mark, "")) == chat
-    assert json.dumps(marked).count(mark) == 2, "one in each of the two texts that hold a token"
-    assert guard.marked({"content": "plain"}) == ({"content": "plain"}, "")
+    assert json.dumps(marked).count(mark) == 5, "one in each text that holds a token, names among them"
+    assert guard.marked({"role": "s>", "content": "plain"}) == ({"role": "s>", "content": "plain"}, ""), "a word"
     assert guard.marked(chat)[1] != mark, "nobody can guess it"
 
 
