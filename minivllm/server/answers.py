@@ -19,6 +19,7 @@ class Reading:
 
     parser: Callable[[], ReplyParser | None]  # makes one for each answer; None: an answer is content and nothing else
     named: bool = False  # one function was demanded by its name
+    parallel: bool = True  # several calls may be told; else the first that is one
     short_call_ids: bool = False
     tells_reasoning: bool = True
 
@@ -35,6 +36,7 @@ class Answer:
     reading: Reading
     _parser: ReplyParser | None = None
     _reply: Reply = field(default_factory=Reply)
+    _only: int | None = None  # the call that is told, where there may be one alone
 
     def __post_init__(self) -> None:
         """Begin to read."""
@@ -47,8 +49,20 @@ class Answer:
         pieces = [*self._parser.feed(output.text)]
         if output.finish_reason is not None:
             pieces += self._parser.finish()
+        if not self.reading.parallel:
+            pieces = [piece for piece in pieces if self._is_told(piece)]
         self._reply.add(pieces)
         return pieces
+
+    def _is_told(self, piece: Piece) -> bool:
+        """Whether a piece is of the only call, or of none."""
+        if piece.kind not in ("call", "arguments", "void"):
+            return True
+        self._only = piece.call if self._only is None else self._only
+        told = piece.call == self._only
+        if told and piece.kind == "void":
+            self._only = None  # it was no call, so the next one may be told
+        return told
 
     def deltas(self, output: RequestOutput) -> list[Delta]:
         """What new output adds, for a stream."""

@@ -2,7 +2,8 @@
 
 ``tool_choice`` "auto" leaves it to the model; its text is searched for calls. "required", and a function's name, are demands:
 a grammar holds the text to calls in the model's own format, so that they always parse. The same grammar holds where the model
-begins a call by itself and a function is marked ``strict``. "none" leaves the tools out of the prompt.
+begins a call by itself and a function is marked ``strict``. "none" leaves the tools out of the prompt. Without
+``parallel_tool_calls`` one call is demanded, or told: of several that the model makes by itself the first.
 """
 
 import uuid

@@ -119,6 +119,20 @@ def test_several_calls_and_only_calls(start_with: Callable[..., Live]) -> None:
     assert len({call.id for call in whole.message.tool_calls}) == 2
 
 
+def test_one_call_alone(start_with: Callable[..., Live]) -> None:
+    """Of several the first that is one, as asked for."""
+    live = start_with()
+    broken = '<tool_call>\n{"name": "news", "arguments": {"a": }}\n</tool_call>'
+    live.client.text = f'{broken}\n{HERMES}\n<tool_call>\n{{"name": "news", "arguments": {{}}}}\n</tool_call>'
+    for parallel, names in ((False, ["get_weather"]), (True, ["get_weather", "news"])):
+        whole, joined = both_ways(live, parallel_tool_calls=parallel)
+        assert [call.function.name for call in whole.message.tool_calls] == names
+        streamed = [call["name"] for call in joined["calls"].values()]
+        assert streamed == ["news", *names], "a stream has said the broken one, whose text follows"
+        assert broken in whole.message.content and broken in joined["content"]
+        assert whole.finish_reason == joined["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -81,6 +81,7 @@ async def _orders(s: Serving, body: ChatBody, request_id: str) -> tuple[list[Ord
     reading = Reading(
         lambda: s.parsers.reader(offer.functions, None if reasoner is None else reasoner()),
         offer.named,
+        offer.parallel,
         s.parsers.short_call_ids,
         tells_reasoning=body.include_reasoning is not False,
     )
