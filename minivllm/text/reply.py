@@ -69,7 +69,8 @@ class ReasoningParser(ReplyParser, Protocol):
     """Finds the reasoning in a text. What follows it comes as content, for a ``ToolParser`` to look at."""
 
     MARKS: ClassVar[tuple[str, ...]]
-    END: ClassVar[str]  # the text that ends the reasoning: a grammar holds behind it
+    OPENER: ClassVar[str]  # the text that begins the reasoning, where the model may also leave it out
+    END: ClassVar[str]  # the text that ends it: a grammar holds behind it
 
     def __init__(self, prompt: str) -> None:
         """``prompt``: the text before the reply, whose end says whether the reply begins inside the reasoning."""
@@ -79,8 +80,6 @@ class ReasoningParser(ReplyParser, Protocol):
     def reasons(self) -> Literal["yes", "maybe", "no"]:
         """Asked before the text comes: whether it begins with reasoning. "maybe": if it begins with ``OPENER``."""
         ...
-
-    OPENER: ClassVar[str]
 
 
 @dataclass
