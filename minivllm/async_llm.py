@@ -29,7 +29,7 @@ from minivllm.observe.metrics import Metrics
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineInfo, GenerateRequest, RequestOutput, SamplingParams
+from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
 SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
 LARGEST_SHARE = 0.5  # of the one core that the event loop has
@@ -204,6 +204,7 @@ class AsyncLLM:
         self.config = config
         self.metrics = metrics
         self.alive = True
+        self.last_token_s = 0.0  # when one last came, on time.monotonic()
         self._client = client
         self._outputs = OutputProcessor(tokenizer)
         self._mailboxes: dict[str, Mailbox] = {}
@@ -219,6 +220,11 @@ class AsyncLLM:
         return self._client.info
 
     @property
+    def health(self) -> EngineHealth:
+        """Whether the engine gets on."""
+        return self._client.health
+
+    @property
     def num_open(self) -> int:
         """Requests that are not finished, or whose reader has not finished."""
         return len(self._mailboxes)
@@ -230,6 +236,9 @@ class AsyncLLM:
                 message = await self._client.outputs()
                 if message.record is not None:
                     self.metrics.observe(message.record)
+                    if message.record.num_output_tokens:
+                        self.last_token_s = time.monotonic()
+                self.metrics.engine_restarts = self._client.health.num_restarts
                 outputs, to_abort = self._outputs.process(message.events)
                 if to_abort:
                     self._client.abort(to_abort)

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -60,16 +60,30 @@ class FrameReader:
         return messages
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection, for a parent and a child."""
+    ends = socket.socketpair()
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+    return ends
+
+
+def spawn(
+    program: Sequence[str], theirs: socket.socket, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Run Python with ``program`` and the number of its socket as arguments; ``theirs`` is closed here. ``environment``: its
+    variables; None: ours."""
+    command = [sys.executable, *program, str(theirs.fileno())]
+    with theirs:
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+
+
 async def start_child(
     program: Sequence[str],
 ) -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]:
     """Run Python with ``program`` and the number of its socket as arguments: the process, and our end of the pair."""
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-    command = [sys.executable, *program, str(theirs.fileno())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    theirs.close()
+    ours, theirs = pair()
+    process = spawn(program, theirs)
     reader, writer = await asyncio.open_connection(sock=ours, limit=READ_BYTES)
     return process, reader, writer
 
@@ -79,7 +93,11 @@ def be_child(descriptor: int) -> socket.socket:
     to the whole group, and the parent needs its children until it has drained."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Ask Linux to kill this process when its parent dies; elsewhere the closed socket does it a little later.
+    die_with_parent()
+    return socket.socket(fileno=descriptor)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies; elsewhere the closed socket does it a little later."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return socket.socket(fileno=descriptor)

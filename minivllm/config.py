@@ -149,6 +149,9 @@ class ServerConfig:
         float, Opt("Time a client may leave its reply unread before the connection is closed.", low=0.1, common=False)
     ] = 300.0
     max_waiting_requests: Annotated[int, Opt("Requests taken in at once; more are answered 503.", low=1)] = 4096
+    max_engine_restarts: Annotated[
+        int, Opt("Times in ten minutes that a dead or silent engine is replaced; then the server ends.", low=0, common=False)
+    ] = 20
     shutdown_timeout_s: Annotated[
         float, Opt("After SIGTERM, time for running requests to finish.", low=0.0, flags=("--shutdown-timeout",))
     ] = 30.0
@@ -234,6 +237,11 @@ def make_config(**values: Any) -> Config:
                 option.check(value)
             sections.setdefault(option.section, {})[name] = value
     return Config(**{name: cls(**sections.get(name, {})) for name, cls in _sections().items()})
+
+
+def environment_with(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process: ours, and what its libraries are to be told beside."""
+    return {**os.environ, **more}
 
 
 def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

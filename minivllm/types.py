@@ -179,7 +179,8 @@ def _check_sampling(p: SamplingParams) -> None:
 class GenerateRequest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One sequence to generate, as the engine takes it: tokens in, tokens out.
 
-    ``prior_output_ids`` are tokens generated before (a replay after a crash): they count as output, not as prompt. ``fork_of``
+    ``prior_output_ids`` are tokens generated before (a replay after a crash): they count as output, not as prompt; of the
+    prompt's logprobs, the first ``prior_prompt_logprobs`` were told then. ``fork_of``
     names a running request of the same tokens whose blocks may be shared (n > 1, beams). ``sampling.seed`` and
     ``sampling.max_tokens`` are set by the face that accepted the request.
     """
@@ -189,6 +190,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     sampling: SamplingParams
     arrival_s: float  # time.monotonic() of the machine; comparable across its processes
     prior_output_ids: tuple[int, ...] = ()
+    prior_prompt_logprobs: int = 0
     sample_index: int = 0
     lora: str | None = None
     cache_salt: str = ""  # requests of different salts never share cached blocks
@@ -410,6 +412,14 @@ class EngineInfo(msgspec.Struct, frozen=True, gc=False, tag="ready"):
     kv_bytes: int
     workspace_bytes: int
     notes: tuple[str, ...] = ()  # choices made and why, one sentence each
+    spare_bytes: int = 0  # of the process that engines are forked from, weights included that they share
+
+
+class EngineHealth(msgspec.Struct, frozen=True, gc=False):
+    """Whether an engine gets on with its work."""
+
+    up: bool  # it is there, and it is not silent for longer than its work explains
+    num_restarts: int = 0
 
 
 class RequestOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):

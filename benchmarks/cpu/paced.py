@@ -94,7 +94,7 @@ def build_paced(config: Config, step_s: float) -> Engine:
 async def serve_paced(config: Config, program: Sequence[str]) -> int:
     """Serve as ``mini-vllm serve`` does, on an engine that is ``program``."""
     from minivllm.async_llm import AsyncLLM
-    from minivllm.engine.process import start_engine
+    from minivllm.engine.supervisor import start_engine
     from minivllm.observe.metrics import metrics_for
     from minivllm.server.application import create_app
     from minivllm.server.http import serve
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--step-ms", type=float, required=True)
     found, rest = parser.parse_known_args()
     if found.role == "engine":
-        from minivllm.engine.process import serve_steps
+        from minivllm.engine.zygote import serve_steps
 
         return serve_steps(int(rest[0]), lambda config: build_paced(config, found.step_ms / 1e3))
     from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config

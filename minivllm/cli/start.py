@@ -40,7 +40,7 @@ async def start_llm(config: Config, folder: Path, meanwhile: Callable[[], None] 
     The child loads torch and the weights while this process loads the tokenizer and does what the caller wants done
     ``meanwhile``. Whoever calls must run ``run()`` of what it gets as a task, and ``close()`` it.
     """
-    from minivllm.engine.process import start_engine
+    from minivllm.engine.supervisor import start_engine
 
     starting = asyncio.create_task(start_engine(config))
     await asyncio.sleep(0)  # let the child start before this process is busy importing
@@ -76,6 +76,7 @@ def memory_table(info: EngineInfo) -> str:
         ("weights", shown_bytes(info.weights_bytes), info.dtype),
         ("KV cache", shown_bytes(info.kv_bytes), f"{info.num_blocks:,} blocks of {info.block_size} tokens"),
         ("workspace", shown_bytes(info.workspace_bytes), f"steps of up to {info.max_num_batched_tokens:,} tokens"),
+        ("spare", shown_bytes(info.spare_bytes), "in the process that engines are forked from"),
         ("total", shown_bytes(info.weights_bytes + info.kv_bytes + info.workspace_bytes), f"on {info.device}"),
     ]
     lines = [f"{name:<10} {size:>10}  {note}" for name, size, note in rows]

@@ -1,6 +1,8 @@
 """From options to a running engine, in this process."""
 
+import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.grammars import Grammars
 from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
+from minivllm.models.hub import fetch_model
 from minivllm.parallel.executor import LocalExecutor
-from minivllm.runner.build import build_runner
-from minivllm.runner.choose import num_cores
+from minivllm.runner.build import Prepared, build_runner, prepare
+from minivllm.runner.choose import choose_device, num_cores
+from minivllm.runner.loader import map_weights
 from minivllm.runner.runner import MakeSampler
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
@@ -21,19 +25,40 @@ from minivllm.text.grammar import vocabulary
 from minivllm.text.tokenizer import load_tokenizer
 from minivllm.types import EngineInfo
 
+log = logging.getLogger("minivllm")
 MOST_MASK_THREADS = 8  # beyond these, a step's masks take no less time
 
 
-def build_engine(config: Config, make_sampler: MakeSampler | None = None) -> Engine:
+def prepare_engine(config: Config) -> Callable[[Config], Engine]:
+    """Do what engines can share, in the process that they are forked from; what builds one of them then. Raises
+    ``StartupError``."""
+    if choose_device(config).type == "cpu":
+        return partial(build_engine, prepared=prepare(config))
+    import minivllm.runner.build_device
+    import minivllm.runner.dry_run  # noqa: F401
+
+    dummy = config.model.load_format == "dummy"
+    folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=not dummy)
+    mapped = () if dummy else map_weights(folder)
+
+    def build(config: Config) -> Engine:
+        """Read the weights from where they are mapped."""
+        log.debug("%d files of weights are in memory", len(mapped))
+        return build_engine(config)
+
+    return build
+
+
+def build_engine(config: Config, make_sampler: MakeSampler | None = None, prepared: Prepared | None = None) -> Engine:
     """Load the model, size the cache and join scheduler and runner. ``make_sampler`` replaces the sampler (tests look at the
-    logits so). Raises ``StartupError``."""
+    logits so); ``prepared`` is what was done for it in another process. Raises ``StartupError``."""
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise InvalidOption(
             f"--max-num-batched-tokens ({config.scheduler.max_num_batched_tokens}) must be at least --max-num-seqs "
             f"({config.scheduler.max_num_seqs}), so that every running sequence can get a token in a step; raise the one or "
             "lower the other."
         )
-    runner, info = build_runner(config, make_sampler)
+    runner, info = build_runner(config, make_sampler, prepared)
     grammars = Grammars(partial(_vocabulary, config, info), info.vocab_size, mask_threads(config))
     scheduler, overlap = make_scheduler(config, info), overlap_of(config, info)
     return Engine(scheduler, LocalExecutor(runner), info, time.monotonic, overlap, grammars)

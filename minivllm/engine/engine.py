@@ -19,11 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from minivllm.engine.grammars import Grammars, Guide
+from minivllm.engine.pace import Pace
 from minivllm.errors import InvalidRequest, MiniVLLMError, OutOfDeviceMemory, RequestError
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
 
 _PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made
+_LONG_STEP_S = 1.0  # somebody should know of such a step before it begins
+_MOST_IDLE_TURNS = 1000  # of an engine that has work, plans none and waits for nothing
 
 log = logging.getLogger("minivllm")
 
@@ -74,6 +77,14 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._awaits_masks = False  # the newest step in flight
         self._changed = False  # something happened that no step has reported
+        self._pace = Pace(info.weights_bytes, info.device)
+        self._announce: Callable[[tuple[str, ...], float], None] | None = None
+        self._idle_turns = 0  # in a row without a step though there is work
+
+    def watch(self, announce: Callable[[tuple[str, ...], float], None]) -> None:
+        """Call this before the launch of a step that somebody should know of: with the requests that join the batch, and how
+        long the step is expected to take, in seconds."""
+        self._announce = announce
 
     @property
     def has_work(self) -> bool:
@@ -122,10 +133,19 @@ class Engine:
             self._awaits_masks = False
             message = "The engine could not compute this request; try it again."
             output = self._scheduler.fail(message, self._clock(), out_of_memory)
+        self._check_progress(output)
         if output is None and self._changed and not self._in_flight:
             output = EngineOutput((), self._scheduler.snapshot(self._clock()))
         self._changed = self._changed and output is None
         return output
+
+    def _check_progress(self, output: EngineOutput | None) -> None:
+        """Raise RuntimeError when there is work of which nothing comes, turn after turn: a fault of the scheduler, which only
+        beginning again can mend."""
+        stuck = output is None and not self._in_flight and not self._preparing and self._scheduler.has_work
+        self._idle_turns = self._idle_turns + 1 if stuck else 0
+        if self._idle_turns > _MOST_IDLE_TURNS:
+            raise RuntimeError(f"the scheduler has work but planned no step {_MOST_IDLE_TURNS} times in a row")
 
     def _admit_prepared(self) -> list[TokenEvent]:
         """Queue the requests whose grammars are there now; the last events of those that turned out not to be served."""
@@ -154,6 +174,7 @@ class Engine:
             self._awaits_masks = False
             self._sample_guided(*self._in_flight[-1])
         if plan is not None:
+            self._tell(plan)
             pending = self._executor.launch(plan)
             self._in_flight.append((plan, pending))
             if not plan.grammar_rows:
@@ -165,7 +186,17 @@ class Engine:
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._overlap):
             return None
         oldest, pending = self._in_flight.popleft()
-        return self._scheduler.apply(oldest, pending.result(), self._clock())
+        result = pending.result()
+        self._pace.took(oldest.num_tokens, result.times.finished_s - result.times.launched_s)
+        return self._scheduler.apply(oldest, result, self._clock())
+
+    def _tell(self, plan: StepPlan) -> None:
+        """Announce a step if somebody should know of it."""
+        if self._announce is None:
+            return
+        expected_s = self._pace.expected_s(plan.num_tokens)
+        if plan.new_rows or expected_s > _LONG_STEP_S:
+            self._announce(self._scheduler.names(plan), expected_s)
 
     def _sample_guided(self, plan: StepPlan, pending: Pending) -> None:
         """Sample a step with grammar rows; the tokens of all steps before it are known."""

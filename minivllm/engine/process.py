@@ -1,24 +1,24 @@
-"""The engine in a process of its own: the child's loop, and how the server starts it.
+"""The engine in a process of its own: the loop between its socket and its steps.
 
-The child gets its options as the first message. Signals do not end it, the end of its socket does (``child.py``).
+It gets its options as the first message. Signals do not end it, the end of its socket does (``child.py``). Who starts it is
+told in ``zygote.py``.
 """
 
-import logging
 import select
 import socket
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
+import msgspec
+
 from minivllm import errors
-from minivllm.child import FrameReader, be_child, encode, start_child
+from minivllm.child import FrameReader, encode
 from minivllm.config import Config
-from minivllm.engine.client import ProcessClient
-from minivllm.engine.ipc import Abort, Add, Failed, Start, Stop, ToEngine
+from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
-log = logging.getLogger("minivllm")
-PROGRAM: Final = ("-m", "minivllm.engine.process")  # what Python runs in the child; the socket's number is appended
+BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
 
 
 class Steps(Protocol):
@@ -50,25 +50,24 @@ class Steps(Protocol):
         """While there is no work: make later steps faster, a little at a time. False: nothing is left to make."""
         ...
 
+    def watch(self, announce: "Announce") -> None:
+        """Call this before the launch of a step that somebody should know of: with the requests that join the batch, and how
+        long the step is expected to take, in seconds."""
+        ...
 
-async def start_engine(config: Config, program: Sequence[str] = PROGRAM) -> ProcessClient:
-    """Start an engine process and wait until it is ready. Raises the ``StartupError`` that it met."""
-    process, reader, writer = await start_child(program)
-    client = ProcessClient(process, reader, writer)
-    try:
-        await client.start(config)
-    except BaseException:
-        await client.close()
-        raise
-    return client
+
+Announce = Callable[[tuple[str, ...], float], None]
 
 
 class EngineServer:
-    """The child's loop: requests from the socket, steps, outputs back. Written by the child's only thread."""
+    """Requests from the socket, steps, outputs back. Written by the engine process's first thread."""
 
-    def __init__(self, sock: socket.socket, build: Callable[[Config], Steps]) -> None:
+    def __init__(self, sock: socket.socket, build: Callable[[Config], Steps], spare_bytes: int = 0) -> None:
+        """``spare_bytes``: of the process that this one was forked from."""
         self._sock = sock
         self._build = build
+        self._spare_bytes = spare_bytes
+        self._said_s = 0.0  # when something was last sent
         self._frames = FrameReader(ToEngine)  # type: ignore[arg-type]
         self._open = True
 
@@ -77,13 +76,13 @@ class EngineServer:
         config = self._first_message()
         if config is None:
             return 0
-        _set_up_logging(config)
         try:
             engine = self._build(config)
         except errors.StartupError as error:
             self._send(Failed(type(error).__name__, str(error)))
             return error.exit_code
-        self._send(engine.info)
+        self._send(msgspec.structs.replace(engine.info, spare_bytes=self._spare_bytes))
+        engine.watch(lambda ids, expected_s: self._send(Launching(ids, expected_s)))
         more = True  # something is left to prepare
         while self._open:
             for message in self._receive(wait=not (engine.has_work or more)):
@@ -101,6 +100,8 @@ class EngineServer:
                 more = more and engine.prepare_more()
             elif (output := engine.step()) is not None:
                 self._send(output)
+            elif time.monotonic() - self._said_s > BEAT_S:
+                self._send(Beat())
         return 0
 
     def _first_message(self) -> Config | None:
@@ -120,35 +121,9 @@ class EngineServer:
             wait = False
         return messages
 
-    def _send(self, message: EngineInfo | EngineOutput | Failed) -> None:
+    def _send(self, message: FromEngine) -> None:
+        self._said_s = time.monotonic()
         try:
             self._sock.sendall(encode(message))
         except (BrokenPipeError, ConnectionResetError):
             self._open = False
-
-
-def _set_up_logging(config: Config) -> None:
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
-
-
-def serve_steps(descriptor: int, build: Callable[[Config], Steps]) -> int:
-    """Be the child: serve what ``build`` makes over an inherited socket until it closes. Returns the exit code."""
-    return EngineServer(be_child(descriptor), build).run()
-
-
-def _build_engine(config: Config) -> Steps:
-    """The real engine; torch is imported here, in the child only."""
-    from minivllm.engine.build import build_engine
-
-    return build_engine(config)
-
-
-def main() -> int:
-    """Entry of the child: ``python -m minivllm.engine.process FD``."""
-    return serve_steps(int(sys.argv[1]), _build_engine)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,6 +46,7 @@ class Metrics:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions = 0
+        self.engine_restarts = 0  # engines that took a dead one's place; no record tells of it, so ``AsyncLLM`` does
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0, "repetition": 0})
         lengths = one_two_five(max_model_len)
         self.histograms: dict[str, Histogram] = {
@@ -154,6 +155,7 @@ class Metrics:
             "total_requests": dict(self.finished),
             "total_preemptions": self.preemptions,
             "total_steps": self.steps,
+            "engine_restarts": self.engine_restarts,
             "uptime_s": round(uptime_s, 1),
         }
 

@@ -56,6 +56,7 @@ class Exposition:
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", m.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", m.prefix_hits)
         yield self._counter("num_preemptions", "Requests that gave way because blocks ran out.", m.preemptions)
+        yield self._counter("engine_restarts", "Engines that took the place of one that died.", m.engine_restarts)
         yield self._counter("prompt_tokens", "Prompt tokens computed.", m.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", m.generation_tokens)
         finished = CounterMetricFamily(

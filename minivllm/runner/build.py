@@ -7,6 +7,7 @@ of its weights on this rank. So a model that cannot fit is refused in a second, 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,12 +40,23 @@ from minivllm.types import EngineInfo
 log = logging.getLogger("minivllm")
 
 
-def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tuple[AnyRunner, EngineInfo]:
-    """Build the runner of this process; raises ``StartupError`` subclasses.
+@dataclass(frozen=True)
+class Prepared:
+    """All that is settled before anything is computed. For a CPU the weights are there too, and no thread was started: a
+    process in this state can be forked (``engine/zygote.py``), and its forks share them."""
 
-    ``make_sampler(max_num_seqs, vocab_size, eos_token_ids)``: what chooses tokens; None: the device's own. A test wraps it to
-    keep the logits.
-    """
+    folder: Path
+    blueprint: Blueprint
+    setup: Setup
+    need: AttnNeed
+    kv: KVShape
+    sizes: Sizes
+    notes: tuple[str, ...]
+    decoder: Decoder | None  # None: not loaded
+
+
+def prepare(config: Config) -> Prepared:
+    """Read the model, settle the memory, and for a CPU load the weights; raises ``StartupError`` subclasses."""
     device = choose_device(config)
     dummy = config.model.load_format == "dummy"
     folder = fetch_model(config.model.model, config.model.revision, config.model.download_dir, weights=not dummy)
@@ -53,25 +65,43 @@ def build_runner(config: Config, make_sampler: MakeSampler | None = None) -> tup
     dtype = choose_dtype(config, spec, folder)
     ops, reasons = choose_ops(config, dtype, device)
     if device.type == "cpu":
-        set_threads(config.runner.num_threads, ops)
+        set_threads(1, ops)
     need = _attention_need(config, spec, dtype, device, comm)
     backend, passed_over = select_backend(need, ops)
     setup = Setup(ops, comm, linear_method(config.model.quantization), backend, dtype, device)
     kv = KVShape(need.block_size, need.num_kv_heads, need.head_dim, need.kv_dtype)
     fixed = FixedMemory(_weights_bytes(spec, setup), dtype, FEW_SHAPES_BYTES if ops.name == FEW_SHAPES else 0)
     sizes = settle(config, spec, kv, fixed, device)
-    kernels_are_ready = _rehearse(config, spec, setup, need, kv, sizes)
-    begin_s = time.monotonic()
-    decoder = _load(config, blueprint, setup, folder, sizes)
-    log.info("The weights were loaded in %.1f s.", time.monotonic() - begin_s)
-    kernels_are_ready()
+    decoder = _load(config, blueprint, setup, folder, sizes) if device.type == "cpu" else None
+    chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
+    notes = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
+    return Prepared(folder, blueprint, setup, need, kv, sizes, notes, decoder)
+
+
+def build_runner(
+    config: Config, make_sampler: MakeSampler | None = None, prepared: Prepared | None = None
+) -> tuple[AnyRunner, EngineInfo]:
+    """Build the runner of this process; raises ``StartupError`` subclasses.
+
+    ``make_sampler(max_num_seqs, vocab_size, eos_token_ids)``: what chooses tokens; None: the device's own. A test wraps it to
+    keep the logits. ``prepared``: by ``prepare`` with these options; None: here.
+    """
+    ready = prepared or prepare(config)
+    setup, sizes, spec = ready.setup, ready.sizes, ready.blueprint.spec
+    if setup.device.type == "cpu":
+        set_threads(config.runner.num_threads, setup.ops)
+    decoder = ready.decoder
+    if decoder is None:
+        kernels_are_ready = _rehearse(config, spec, setup, ready.need, ready.kv, sizes)
+        decoder = _load(config, ready.blueprint, setup, ready.folder, sizes)
+        kernels_are_ready()
+    ops = setup.ops
     if config.runner.batch_invariant and ops.native is None and ops.chip is None and config.model.quantization == "none":
         _check_invariant(decoder)
-    build = _device_runner if hasattr(backend, "plan_on_device") else _host_runner
-    runner, sizes = build(config, decoder, setup, kv, sizes, make_sampler)
-    chosen = f"Attention runs on the {backend.name} backend, other ops on the {ops.name} kernels."
-    said = (*spec.notes, *sizes.notes, chosen, *reasons, *passed_over)
-    return runner, _engine_info(config, setup, runner, sizes, said)
+    build = _device_runner if hasattr(setup.attention, "plan_on_device") else _host_runner
+    runner, settled = build(config, decoder, setup, ready.kv, sizes, make_sampler)
+    later = tuple(note for note in settled.notes if note not in sizes.notes)
+    return runner, _engine_info(config, setup, runner, settled, (*ready.notes, *later))
 
 
 def _host_runner(
@@ -162,11 +192,13 @@ def _weights_bytes(spec: ModelSpec, setup: Setup) -> int:
 
 def _load(config: Config, blueprint: Blueprint, setup: Setup, folder: Path, sizes: Sizes) -> Decoder:
     """Make the decoder and fill it."""
+    begin_s = time.monotonic()
     decoder = Decoder(blueprint.spec, setup, sizes.max_model_len)
     if config.model.load_format == "dummy":
         load_dummy(decoder, blueprint.names, config.model.seed)
     else:
         load_checkpoint(decoder, blueprint.names, folder)
+    log.info("The weights were loaded in %.1f s.", time.monotonic() - begin_s)
     return decoder
 
 

@@ -30,7 +30,8 @@ class Ledger:
         """A request got tokens."""
         if request.first_token_s is None:
             request.first_token_s = now
-            self.ttft_s.append(now - request.arrival_s)
+            if not request.spec.prior_output_ids:  # or its first token came in another life
+                self.ttft_s.append(now - request.arrival_s)
         else:
             self.itl_s.append((now - request.last_token_s) / count)
         request.last_token_s = now

@@ -74,7 +74,8 @@ class Request:
         self.num_known_at_start = len(self.token_ids)  # known tokens when it last began to run: all of them are prefill
         self.cached: int | None = None  # prompt tokens found in the prefix cache when it first ran
         self.prompt_asked = 0 if sampling.prompt_logprobs is None else self.num_prompt - 1  # prompt tokens to tell logprobs of
-        self.prompt_told = 0  # of these, those that were told: in their order, the prompt's second token first
+        # Of these, those that were told: in their order, the prompt's second token first.
+        self.prompt_told = spec.prior_prompt_logprobs
         self.num_preemptions = 0
         self.failures = 0  # failed steps in a row that it was part of
         self.overtaken = 0  # later requests admitted while it waited for blocks

@@ -119,6 +119,10 @@ class Scheduler:
         self._step += 1
         return flight.plan
 
+    def names(self, plan: StepPlan) -> tuple[str, ...]:
+        """The requests that take a row in this plan, which was just made."""
+        return tuple([self._book.live[new.uid].spec.id for new in plan.new_rows])
+
     def guides(self, plan: StepPlan) -> list[tuple[Guide, int] | None]:
         """For each of the oldest plan's ``grammar_rows``: who follows its text, and how many certain tokens stand between the
         known ones and the one to be sampled. None: it ended."""
@@ -170,8 +174,10 @@ class Scheduler:
             return
         known = request.token_ids
         end = _GOES_ON
-        if request.guide is None and request.repetition is None and (
-            len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit
+        if (
+            request.guide is None
+            and request.repetition is None
+            and (len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit)
         ):
             known.append(tokens[0])  # what nearly every row of nearly every step does
         else:

@@ -22,6 +22,7 @@ from minivllm import __version__
 from minivllm.config import Config
 from minivllm.errors import GenerationFailed, RequestError
 from minivllm.server.drain import ClientGone, Drain, DrainGate
+from minivllm.server.health import Health
 from minivllm.server.limits import BodyLimits
 from minivllm.server.protocol import FORMS
 from minivllm.server.replies import ErrorReply, error_response
@@ -55,7 +56,8 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
     )
     template = llm.tokenizer.template().source if llm.tokenizer.has_chat_template else None
     parsers = parsers_of(config.model.tool_call_parser, config.model.reasoning_parser, template)
-    app.state.serving = Serving(llm, config, int(time.time()), drain, parsers, sampling_defaults)
+    probes = Health(llm, drain, lambda: llm.num_open >= config.server.max_waiting_requests)
+    app.state.serving = Serving(llm, config, int(time.time()), probes, drain, parsers, sampling_defaults)
     for route in (native, completions, chat, models, tokenize, health, metrics):
         app.include_router(route.router)
     _describe_bodies(app)

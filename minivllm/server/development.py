@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minivllm.async_llm import AsyncLLM
 from minivllm.config import environment, make_config
 from minivllm.door import locate, sampling_defaults, tokenizer_folder
-from minivllm.engine.process import start_engine
+from minivllm.engine.supervisor import start_engine
 from minivllm.errors import StartupError
 from minivllm.observe.metrics import metrics_for
 from minivllm.server.application import create_app

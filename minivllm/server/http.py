@@ -9,6 +9,7 @@ too, with another exit code, so that a service manager starts it again.
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import logging
 import signal
 import threading
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 TICK_S: Final = 1.0  # the Date header's resolution
 LOG_EVERY_S: Final = 10.0
+STUCK_S: Final = 10.0  # a loop that did not turn for so long: where each thread is goes to standard error
 LAST_WORDS_S: Final = 2.0  # for streams to write their last event, and then for sockets to send it
 STOPPED, ENGINE_DIED = 0, 1  # exit codes
 logger = logging.getLogger("minivllm.server")
@@ -155,10 +157,12 @@ async def _until_stopped(server: Server, llm: "AsyncLLM", pump: "asyncio.Task[No
     while not stopping.done() and not pump.done() and llm.alive:
         await asyncio.wait({stopping, pump}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
         server.tick()
+        faulthandler.dump_traceback_later(STUCK_S)  # unless this loop turns before: then it is put off again
         if loop.time() >= next_line_s:
             next_line_s += LOG_EVERY_S
             line, busy = llm.metrics.log_line()
             logger.log(logging.INFO if busy else logging.DEBUG, line)
+    faulthandler.cancel_dump_traceback_later()
     stopping.cancel()
 
 

@@ -250,9 +250,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def json_response(value: msgspec.Struct | dict[str, object]) -> Response:
-    """A 200 with ``value`` as JSON."""
-    return Response(encode(value), media_type="application/json")
+def json_response(value: msgspec.Struct | dict[str, object], status: int = 200) -> Response:
+    """``value`` as JSON."""
+    return Response(encode(value), status, media_type="application/json")
 
 
 def error_body(error: RequestError) -> bytes:

@@ -19,6 +19,7 @@ from minivllm.config import Config
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
 from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
+from minivllm.server.health import Health
 from minivllm.server.messages import Chat
 from minivllm.text.reply_parsers import Parsers
 from minivllm.types import Grammar, RequestOutput, SamplingParams
@@ -36,6 +37,7 @@ class Serving:
     llm: AsyncLLM
     config: Config
     created: int  # unix time
+    health: Health
     drain: Drain = field(default_factory=Drain)
     parsers: Parsers = field(default_factory=Parsers)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the /v1 routes: what the model's makers advise

@@ -36,10 +36,39 @@ def follow(live: LiveServer, bodies: list[dict], path: str = "/generate") -> tup
     return threads, got
 
 
-def test_a_killed_engine_is_told_to_every_stream_and_ends_the_server_with_an_error() -> None:
-    with serve() as live:
+def test_streams_go_on_when_the_engine_is_killed() -> None:
+    """In batch-invariant mode with the very texts of a run without a kill; nobody reads of it."""
+    wanted = [
+        {**LONG, "temperature": 0},
+        {**LONG, "seed": 5},
+        {"prompt": "A dog. " * 120, "max_tokens": 300, "ignore_eos": True, "seed": 6},
+        {"prompt": "Tell me", "max_tokens": 200, "seed": 7, "structured_outputs": {"regex": "(very )*big"}},
+    ]
+    with serve("--batch-invariant", "--max-num-batched-tokens", "256") as live:
+        said = [httpx.post(live.url + "/v1/completions", json=body, timeout=120).json()["choices"][0] for body in wanted]
+        for _ in range(2):
+            threads, got = follow(live, [{**body, "stream": True, "logprobs": 1} for body in wanted], "/v1/completions")
+            os.kill(live.engine_pid, signal.SIGKILL)
+            for thread in threads:
+                thread.join(60)
+            for text, whole in zip(got, said, strict=True):
+                events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+                assert events[-1] == "[DONE]"
+                chunks = [json.loads(event)["choices"][0] for event in events[:-1]]
+                assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+                assert chunks[-1]["finish_reason"] == whole["finish_reason"]
+                offsets = [o for chunk in chunks if chunk["logprobs"] for o in chunk["logprobs"]["text_offset"]]
+                assert offsets == sorted(offsets)
+        assert httpx.get(live.url + "/ready").status_code == 200
+        live.wait_idle()
+
+
+def test_engines_that_die_too_often_end_the_server_with_an_error() -> None:
+    with serve("--max-engine-restarts", "1") as live:
         threads, native = follow(live, [LONG] * 4)
         more, openai = follow(live, [{**LONG, "stream": True}] * 2, "/v1/completions")
+        os.kill(live.engine_pid, signal.SIGKILL)
+        time.sleep(1)
         os.kill(live.engine_pid, signal.SIGKILL)
         for thread in (*threads, *more):
             thread.join(30)

@@ -53,7 +53,7 @@ def test_a_client_that_goes_away_is_aborted(
     sock.close()
     until(lambda: live.client.aborted == [live.client.added[0].id])
     until(lambda: live.llm.num_open == 0)
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/ready").status_code == 200
 
 
 def test_every_choice_of_a_client_that_goes_away_is_aborted(start: Callable[..., Live], until: Until) -> None:

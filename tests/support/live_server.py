@@ -46,12 +46,16 @@ class LiveServer:
         raise AssertionError("the server did not come up")
 
     @property
+    def zygote_pid(self) -> int:
+        """The process that engines are forked from, among the server's children."""
+        (zygote,) = [pid for pid in children(self.process.pid) if "zygote" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return zygote
+
+    @property
     def engine_pid(self) -> int:
-        """The engine process, among the server's children."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (engine,) = [child for child in children if "engine" in Path(f"/proc/{child}/cmdline").read_text()]
-        return int(engine)
+        """The engine process."""
+        (engine,) = children(self.zygote_pid)
+        return engine
 
     def metrics(self) -> dict[str, float]:
         return dict(httpx.get(self.url + "/metrics", timeout=30).json())
@@ -70,6 +74,11 @@ class LiveServer:
         """SIGTERM, as a service manager does; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def command(*args: str) -> list[str]:

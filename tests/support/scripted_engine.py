@@ -25,6 +25,7 @@ from minivllm.server.application import create_app
 from minivllm.server.http import Server, serve
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import (
+    EngineHealth,
     EngineInfo,
     EngineOutput,
     FinishedTimes,
@@ -71,6 +72,7 @@ class ScriptedClient:
     """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int = 512, delay_s: float = 0.0) -> None:
+        self.health = EngineHealth(up=True)
         self.info = EngineInfo(max_model_len, 8, 256, 16, 100, tokenizer.vocab_size, (0,), "test", "none", 0, 0, 0)
         self.tokenizer = tokenizer
         self.text = STORY

@@ -123,6 +123,10 @@ class TokenRunner:
         told = tuple([self._tell(work, span) for work, span in zip(plan.work, spans, strict=True)])
         return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad), (), told if any(told) else ()))
 
+    def prepare_more(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     def _tell(self, work: RowWork, span: tuple[int, int]) -> tuple[TokenLogprobs, ...]:
         """Of each token of the prompt that follows one of the step, its position and itself."""
         row = self.rows[work.row]
