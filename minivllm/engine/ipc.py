@@ -24,6 +24,18 @@ class Abort(msgspec.Struct, frozen=True, gc=False, tag="abort"):
     ids: tuple[str, ...]
 
 
+class Pause(msgspec.Struct, frozen=True, gc=False, tag="pause"):
+    """Nobody reads what these requests say; they are to hold no memory of the device until ``Resume``."""
+
+    ids: tuple[str, ...]
+
+
+class Resume(msgspec.Struct, frozen=True, gc=False, tag="resume"):
+    """Paused requests go on."""
+
+    ids: tuple[str, ...]
+
+
 class Stop(msgspec.Struct, frozen=True, gc=False, tag="stop"):
     """End now."""
 
@@ -35,5 +47,5 @@ class Failed(msgspec.Struct, frozen=True, gc=False, tag="failed"):
     message: str
 
 
-ToEngine = Start | Add | Abort | Stop
+ToEngine = Start | Add | Abort | Pause | Resume | Stop
 FromEngine = EngineInfo | EngineOutput | Failed

@@ -7,21 +7,21 @@ import logging
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from minivllm import errors
 from minivllm.child import FrameReader, be_child, encode, start_child
 from minivllm.config import Config
-from minivllm.engine.client import ProcessClient
-from minivllm.engine.ipc import Abort, Add, Failed, Start, Stop, ToEngine
+from minivllm.engine.client import ProcessClient, Steers, obey
+from minivllm.engine.ipc import Abort, Add, Failed, Pause, Resume, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 PROGRAM: Final = ("-m", "minivllm.engine.process")  # what Python runs in the child; the socket's number is appended
 
 
-class Steps(Protocol):
+class Steps(Steers, Protocol):
     """What the child's loop drives: ``engine.Engine``, or something in its place that measures what is around it."""
 
     @property
@@ -36,10 +36,6 @@ class Steps(Protocol):
 
     def add(self, request: GenerateRequest) -> None:
         """Queue a request; raises ``RequestError`` for one that can never run."""
-        ...
-
-    def abort(self, ids: Iterable[str]) -> None:
-        """End requests."""
         ...
 
     def step(self) -> EngineOutput | None:
@@ -93,8 +89,8 @@ class EngineServer:
                     except errors.RequestError as error:
                         event = TokenEvent(message.request.id, (), "error", error=error.message)
                         self._send(EngineOutput((event,)))
-                elif isinstance(message, Abort):
-                    engine.abort(message.ids)
+                elif isinstance(message, Abort | Pause | Resume):
+                    obey(engine, message)
                 elif isinstance(message, Stop):
                     return 0
             if not engine.has_work:
