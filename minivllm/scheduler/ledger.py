@@ -57,7 +57,7 @@ class Ledger:
     def record(
         self, flight: Flight | None, times: StepTimes, queues: tuple[int, int, int], blocks: PoolCounts, now: float
     ) -> StepRecord:
-        """The counts as a record; they begin anew. ``queues``: (running, waiting, paused); no ``flight``: nothing was computed."""
+        """The counts as a record; they begin anew. ``queues``: running, waiting, paused; no ``flight``: no step was."""
         record = StepRecord(
             step=flight.plan.step if flight else -1,
             scheduled_s=flight.scheduled_s if flight else now,

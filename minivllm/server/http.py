@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -22,13 +24,14 @@ from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
 from minivllm.errors import PortInUse
-from minivllm.server.connection import Connection
+from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain
 from minivllm.server.serving import Serving
 
 if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
 
+KEPT_FILES: Final = 256  # of the limit: children's sockets, files being read, connections that are told of too many
 TICK_S: Final = 1.0  # the Date header's resolution
 LOG_EVERY_S: Final = 10.0
 LAST_WORDS_S: Final = 2.0  # for streams to write their last event, and then for sockets to send it
@@ -43,7 +46,9 @@ class Server:
         self.limits = limits
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()  # a second wish to stop: now
-        self.drain: Drain = _drain_of(app)
+        serving = _serving_of(app)
+        self.drain: Drain = serving.drain
+        self._capacity = capacity_of(limits.max_connections, serving.llm.metrics.reject)
         self._state = ServerState()
         self._listener: asyncio.Server | None = None
         self._uvicorn = uvicorn.Config(
@@ -70,9 +75,12 @@ class Server:
                 getattr(error, "errno", None) or 0, "the address is not one of this machine's"
             )
             raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
+        for listener in self._listener.sockets:  # its connections inherit this
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
+        logger.info("At most %d connections are served at once", self._capacity.most)
 
     def _connect(self) -> Connection:
-        return Connection(self.limits, config=self._uvicorn, server_state=self._state, app_state={})
+        return Connection(self.limits, self._capacity, config=self._uvicorn, server_state=self._state, app_state={})
 
     @property
     def port(self) -> int:
@@ -112,12 +120,20 @@ class Server:
             task.cancel()
 
 
-def _drain_of(app: FastAPI) -> Drain:
-    """The drain that the app's gate looks at."""
+def capacity_of(asked: int | None, on_refusal: Callable[[str], None]) -> Capacity:
+    """Connections that leave some of the files that this process may open: at the limit nobody could be told anything, and
+    accepting would fail over and over."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    allowed = 2**20 if limit == resource.RLIM_INFINITY else max(limit - KEPT_FILES, limit // 2)
+    return Capacity(allowed if asked is None else min(asked, allowed), min(KEPT_FILES, limit // 2) // 2, on_refusal)
+
+
+def _serving_of(app: FastAPI) -> Serving:
+    """What the app's routes look at."""
     value = app.state.serving
     if not isinstance(value, Serving):
         raise TypeError("the app was not made by create_app")
-    return value.drain
+    return value
 
 
 async def serve(
