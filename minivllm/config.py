@@ -153,9 +153,6 @@ class ServerConfig:
         Opt("Time a client may leave its reply unread before its request gives up its memory until it reads again.", low=0.01,
             flags=("--slow-reader-pause",), common=False),
     ] = 5.0
-    send_buffer_bytes: Annotated[
-        int, Opt("What the kernel holds of a reply that is not read (Linux takes twice that).", low=4096, common=False)
-    ] = 32 * 2**10
     max_connections: Annotated[
         int | None, Opt("Connections at once; more get 503. None: what the limit of open files allows.", low=1, common=False)
     ] = None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
 
 KEPT_FILES: Final = 256  # of the limit: children's sockets, files being read, connections that are told of too many
+SEND_BUFFER_BYTES: Final = 32 * 2**10  # what the kernel may hold of a reply that is not read; Linux takes twice that
 TICK_S: Final = 1.0  # the Date header's resolution
 LOG_EVERY_S: Final = 10.0
 LAST_WORDS_S: Final = 2.0  # for streams to write their last event, and then for sockets to send it
@@ -76,7 +77,7 @@ class Server:
             )
             raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
         for listener in self._listener.sockets:  # its connections inherit this
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         logger.info("At most %d connections are served at once", self._capacity.most)
 
     def _connect(self) -> Connection:
