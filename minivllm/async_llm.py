@@ -1,7 +1,8 @@
 """``AsyncLLM``: what the server holds. Requests in, text out, for many callers in one event loop.
 
 One task (``run``) reads the engine's messages, turns tokens into text and puts it into the callers' mailboxes. A mailbox holds
-one merged output a request, not a queue: a reader that lags gets more text in one piece.
+one merged output a request, not a queue: a reader that lags gets more text in one piece. One that does not read for a while
+(``Mailbox.outwait``) has its requests paused in the engine, so that what waits for it grows no further.
 
 Waking a reader costs the same for one token as for ten (a task switch, a chunk of JSON, a write to a socket, and as much again
 at the client), so when many streams run on few cores, tokens may travel together: ``Pacer`` says when. The first token of a
@@ -15,7 +16,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -24,7 +25,7 @@ from minivllm.beams import BeamSearch, BeamSearchParams
 from minivllm.config import Config
 from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
-from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, ServerOverloaded
+from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, QueueTimeout, RequestError
 from minivllm.observe.metrics import Metrics
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
@@ -100,14 +101,16 @@ class Mailbox:
     A context manager: leaving it ends what still runs.
     """
 
-    def __init__(self, ids: Sequence[str], on_close: Callable[[Sequence[str], Sequence[str]], None]) -> None:
+    def __init__(self, ids: Sequence[str], owner: "AsyncLLM") -> None:
+        self.num_output = 0  # tokens that came
         self._ids = ids
+        self._owner = owner
         self._running = {request_id: index for index, request_id in enumerate(ids)}
         self._ready: dict[int, list[RequestOutput]] = {}
-        self._error: GenerationFailed | None = None
+        self._error: RequestError | None = None
+        self._late: asyncio.TimerHandle | None = None  # when it will have waited too long for its first output
         self._patient = False  # the caller wants everything or nothing
         self._waiter: asyncio.Future[None] | None = None
-        self._on_close = on_close
 
     def __enter__(self) -> "Mailbox":
         """The mailbox."""
@@ -115,7 +118,8 @@ class Mailbox:
 
     def __exit__(self, *_: object) -> None:
         """Let nothing more come."""
-        self._on_close(self._ids, list(self._running))
+        self._begun()
+        self._owner.forget(self._ids, list(self._running))
 
     @property
     def more(self) -> bool:
@@ -124,6 +128,9 @@ class Mailbox:
 
     def put(self, output: RequestOutput) -> bool:
         """Add output of one of the requests. True: it should not wait, since it is the first or the last."""
+        if self._late is not None:
+            self._begun()
+        self.num_output += len(output.token_ids)
         reason = output.finish_reason
         if reason is None:
             index = self._running[output.id]
@@ -141,7 +148,32 @@ class Mailbox:
                 unread[:] = [merged(unread)]
         return reason is not None or output.num_output == len(output.token_ids)
 
-    def fail(self, error: GenerationFailed) -> None:
+    def begin_within(self, limit_s: float) -> None:
+        """Fail with ``QueueTimeout`` if nothing came by then."""
+        self._late = asyncio.get_running_loop().call_later(limit_s, self._owner.refuse_late, self, limit_s)
+
+    def _begun(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    async def outwait(self, writable: Callable[[], Awaitable[None]]) -> None:
+        """Wait for ``writable``: until somebody reads again. When that takes long the engine pauses what runs meanwhile."""
+        paused: list[str] = []
+
+        def pause() -> None:
+            paused.extend(self._running)
+            self._owner.pause(paused)
+
+        timer = asyncio.get_running_loop().call_later(self._owner.config.server.slow_reader_pause_s, pause)
+        try:
+            await writable()
+        finally:
+            timer.cancel()
+        if paused:
+            self._owner.resume(paused)
+
+    def fail(self, error: RequestError) -> None:
         """Nothing more will come."""
         self._error = self._error or error
         self.wake()
@@ -277,20 +309,38 @@ class AsyncLLM:
             mailbox.wake()
         self._held.clear()
 
-    def open(self, orders: Sequence[Order]) -> Mailbox:
-        """Generate for all of these, or for none: raises a ``RequestError`` subclass when one is refused."""
+    def open(self, orders: Sequence[Order], may_wait_s: float | None = None) -> Mailbox:
+        """Generate for all of these, or for none: raises a ``RequestError`` subclass when one is refused. Of requests that
+        ``may_wait_s`` in the queue the mailbox fails when nothing came by then."""
         requests: dict[str, GenerateRequest] = {}
         for order in orders:
             requests[order.id] = self._accept(order, requests)
-        mailbox = Mailbox(tuple(requests), self._close_mailbox)
+        mailbox = Mailbox(tuple(requests), self)
         for order, request in zip(orders, requests.values(), strict=True):
             self._mailboxes[request.id] = mailbox
             self._outputs.add(request.id, request.prompt_ids, request.sampling, order.shown_ids)
             self._client.add(request)
+        if may_wait_s is not None:
+            mailbox.begin_within(may_wait_s)
         return mailbox
 
-    def _close_mailbox(self, ids: Sequence[str], running: Sequence[str]) -> None:
-        """Forget requests; ``running`` are those that the engine has not ended."""
+    def refuse_late(self, mailbox: Mailbox, limit_s: float) -> None:
+        """Nothing came for a mailbox in its time."""
+        self.metrics.reject("queue_timeout")
+        mailbox.fail(QueueTimeout(limit_s))
+
+    def pause(self, ids: Sequence[str]) -> None:
+        """Nobody reads what these say: they give their memory back until ``resume``."""
+        if self.alive and ids:
+            self._client.pause(ids)
+
+    def resume(self, ids: Sequence[str]) -> None:
+        """Let paused requests go on."""
+        if self.alive and ids:
+            self._client.resume(ids)
+
+    def forget(self, ids: Sequence[str], running: Sequence[str]) -> None:
+        """Nobody waits for these any more; ``running`` are those that the engine has not ended."""
         for request_id in ids:
             self._held.discard(self._mailboxes.pop(request_id))
             self._outputs.drop(request_id)
@@ -338,7 +388,7 @@ class AsyncLLM:
             ]
             if not orders:
                 break
-            with self.open(orders) as mailbox:
+            with self.open(orders, None if turn else self.config.server.queue_timeout_s) as mailbox:
                 outputs = await mailbox.whole()
             cached = cached or [output.num_cached for output in outputs]  # at first, each search is one request
             told = iter(outputs)
@@ -354,8 +404,6 @@ class AsyncLLM:
         """The request as the engine takes it, or the ``RequestError`` why not. ``others`` were accepted with it."""
         if not self.alive:
             raise EngineDead
-        if self.num_open + len(others) >= self.config.server.max_waiting_requests:
-            raise ServerOverloaded
         if order.id in self._mailboxes or order.id in others:
             raise InvalidRequest("A request with this id is running already; use another id.", "request_id")
         check_prompt(order.prompt_ids, self.info.vocab_size)

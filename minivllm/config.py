@@ -152,6 +152,34 @@ class ServerConfig:
     max_engine_restarts: Annotated[
         int, Opt("Times in ten minutes that a dead or silent engine is replaced; then the server ends.", low=0, common=False)
     ] = 20
+    slow_reader_pause_s: Annotated[
+        float,
+        Opt("Time a client may leave its reply unread before its request gives up its memory until it reads again.", low=0.01,
+            flags=("--slow-reader-pause",), common=False),
+    ] = 5.0
+    max_connections: Annotated[
+        int | None, Opt("Connections at once; more get 503. None: what the limit of open files allows.", low=1, common=False)
+    ] = None
+    max_num_queued_reqs: Annotated[
+        int, Opt("Requests that may wait beside the --max-num-seqs that run; more are answered 503.", low=0)
+    ] = 4096
+    max_num_queued_tokens: Annotated[
+        int, Opt("Tokens, of prompts and of most output, that may wait beside those that the cache holds; more get 503.", low=0)
+    ] = 2**26
+    max_requests_per_key: Annotated[
+        int | None, Opt("Requests that each API key may have open at once; more are answered 429.", low=1, common=False)
+    ] = None
+    max_tokens_per_minute_per_key: Annotated[
+        int | None, Opt("Tokens that each API key may use in a minute; more are answered 429.", low=1, common=False)
+    ] = None
+    queue_timeout_s: Annotated[
+        float | None,
+        Opt("Time a request may wait for its turn before it gets a 503.", low=0.01, flags=("--queue-timeout",), common=False),
+    ] = None
+    request_timeout_s: Annotated[
+        float | None,
+        Opt("Time after which a request is ended with an error.", low=0.01, flags=("--request-timeout",), common=False),
+    ] = None
     shutdown_timeout_s: Annotated[
         float, Opt("After SIGTERM, time for running requests to finish.", low=0.0, flags=("--shutdown-timeout",))
     ] = 30.0

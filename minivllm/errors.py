@@ -5,6 +5,7 @@ goes on serving. ``StartupError`` is about the model folder, the options or the 
 exits with ``exit_code``. The text of every error says what is wrong *and* what to do about it, in one sentence.
 """
 
+import math
 from collections.abc import Sequence
 
 
@@ -128,6 +129,39 @@ class ServerOverloaded(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class QueueTimeout(RequestError):
+    """The request waited its time without getting its turn."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request waited {limit_s:g} s in the queue without its turn; retry later.")
+        self.retry_after_s = max(1, min(math.ceil(limit_s), 60))
+
+
+class TooManyRequests(RequestError):
+    """One tenant uses more than its share; ``limit`` is a sentence without its end."""
+
+    status = 429
+    kind = "RateLimitError"
+
+    def __init__(self, limit: str, retry_after_s: int) -> None:
+        super().__init__(f"{limit}; retry in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+class TooManyConnections(RequestError):
+    """The server has as many connections as it may have."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("The server has as many connections as it can serve; retry in a moment.")
+
+
 class ServerDraining(RequestError):
     """The server was asked to stop and takes no new work."""
 
@@ -150,6 +184,16 @@ class EngineDead(GenerationFailed):
 
     def __init__(self) -> None:
         super().__init__("The engine process has ended, so this request cannot be finished; the server is stopping.")
+
+
+class RequestTimedOut(GenerationFailed):
+    """The request took longer than the server lets one run."""
+
+    status = 504
+    kind = "TimeoutError"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request was not finished within {limit_s:g} s; ask for fewer tokens.")
 
 
 class ServerStopped(GenerationFailed):

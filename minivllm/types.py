@@ -387,6 +387,7 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     ttft_s: tuple[float, ...]  # of rows whose first token came in this step
     itl_s: tuple[float, ...]  # of the other rows that got a token
     finished: tuple[FinishedTimes, ...]
+    num_paused: int = 0  # requests whose reader does not read: they hold neither rows nor blocks
 
 
 class EngineOutput(msgspec.Struct, frozen=True, gc=False, tag="output"):

@@ -70,6 +70,7 @@ class Engine:
         self.info = info
         self._grammars = grammars
         self._preparing: dict[str, tuple[GenerateRequest, Future[Guide]]] = {}  # whose grammars are being made
+        self._pause_later: set[str] = set()  # of these, those that are to be paused
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -111,7 +112,20 @@ class Engine:
         ids = list(ids)
         for request_id in ids:
             self._preparing.pop(request_id, None)
+            self._pause_later.discard(request_id)
         self._changed = bool(self._scheduler.abort(ids, self._clock())) or self._changed
+
+    def pause(self, ids: Iterable[str]) -> None:
+        """Requests whose reader does not read: their blocks are free before the next step is planned, their tokens are kept."""
+        ids = list(ids)
+        self._pause_later.update(self._preparing.keys() & set(ids))
+        self._changed = bool(self._scheduler.pause(ids)) or self._changed
+
+    def resume(self, ids: Iterable[str]) -> None:
+        """Paused requests go on."""
+        ids = list(ids)
+        self._pause_later.difference_update(ids)
+        self._changed = bool(self._scheduler.resume(ids, self._clock())) or self._changed
 
     def prepare_more(self) -> bool:
         """While there is no work: make later steps faster, for some milliseconds. False: nothing is left to make."""
@@ -156,8 +170,12 @@ class Engine:
             if not future.done():
                 break  # in their order, so that the texts of one prompt are queued behind its first
             del self._preparing[request_id]
+            paused = request_id in self._pause_later
+            self._pause_later.discard(request_id)
             try:
                 self._scheduler.add(request, _follow(request, future.result()))
+                if paused:
+                    self.pause([request_id])
             except RequestError as error:
                 refused.append(TokenEvent(request_id, (), "error", error=error.message))
             except MiniVLLMError as error:

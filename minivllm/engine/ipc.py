@@ -50,13 +50,13 @@ class Abort(msgspec.Struct, frozen=True, gc=False, tag="abort"):
 
 
 class Pause(msgspec.Struct, frozen=True, gc=False, tag="pause"):
-    """These requests are not to run for a while; they keep their tokens and nothing else."""
+    """Nobody reads what these requests say; they are to hold no memory of the device until ``Resume``."""
 
     ids: tuple[str, ...]
 
 
 class Resume(msgspec.Struct, frozen=True, gc=False, tag="resume"):
-    """These requests, which were paused, may run again."""
+    """Paused requests go on."""
 
     ids: tuple[str, ...]
 

@@ -7,7 +7,7 @@ told in ``zygote.py``.
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import msgspec
@@ -15,13 +15,14 @@ import msgspec
 from minivllm import errors
 from minivllm.child import FrameReader, encode
 from minivllm.config import Config
-from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Start, Stop, ToEngine
+from minivllm.engine.client import Steers, obey
+from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
 
 
-class Steps(Protocol):
+class Steps(Steers, Protocol):
     """What the child's loop drives: ``engine.Engine``, or something in its place that measures what is around it."""
 
     @property
@@ -36,10 +37,6 @@ class Steps(Protocol):
 
     def add(self, request: GenerateRequest) -> None:
         """Queue a request; raises ``RequestError`` for one that can never run."""
-        ...
-
-    def abort(self, ids: Iterable[str]) -> None:
-        """End requests."""
         ...
 
     def step(self) -> EngineOutput | None:
@@ -92,8 +89,8 @@ class EngineServer:
                     except errors.RequestError as error:
                         event = TokenEvent(message.request.id, (), "error", error=error.message)
                         self._send(EngineOutput((event,)))
-                elif isinstance(message, Abort):
-                    engine.abort(message.ids)
+                elif isinstance(message, Abort | Pause | Resume):
+                    obey(engine, message)
                 elif isinstance(message, Stop):
                     return 0
             if not engine.has_work:

@@ -1,4 +1,4 @@
-"""Metrics: what the engine did, counted from StepRecords and from nothing else.
+"""Metrics: what the engine did, counted from StepRecords and from nothing else; and who was refused before it came there.
 
 ``observe`` runs once a step inside the event loop that serves HTTP, so it only adds numbers; names, labels and formats are
 made when somebody asks (``json``, ``prometheus``, ``log_line``). A record holds differences (tokens of *this* step) and
@@ -47,6 +47,7 @@ class Metrics:
         self.prefix_hits = 0
         self.preemptions = 0
         self.engine_restarts = 0  # engines that took a dead one's place; no record tells of it, so ``AsyncLLM`` does
+        self.rejections: Counter[str] = Counter()  # requests and connections that were not taken in, by reason
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0, "repetition": 0})
         lengths = one_two_five(max_model_len)
         self.histograms: dict[str, Histogram] = {
@@ -88,6 +89,10 @@ class Metrics:
             self._remember(record.num_output_tokens)
         for request in record.finished:
             self._finish(request)
+
+    def reject(self, reason: str) -> None:
+        """Count a request that is not served for want of room."""
+        self.rejections[reason] += 1
 
     def _remember(self, tokens: int) -> None:
         """Put tokens into the bin of now, and forget bins that are older than the window."""
@@ -145,6 +150,7 @@ class Metrics:
             "model": self.model_name,
             "active_requests": running,
             "waiting_requests": last.num_waiting if last is not None else 0,
+            "paused_requests": last.num_paused if last is not None else 0,
             "current_batch_size": len(last.rows) if last is not None and running else 0,
             "total_tokens_generated": self.generation_tokens,
             "total_prompt_tokens": self.prompt_tokens,
@@ -153,6 +159,7 @@ class Metrics:
             "kv_cache_usage": round(self.kv_cache_usage, 4),
             "prefix_cache_hit_rate": round(self.prefix_cache_hit_rate, 4),
             "total_requests": dict(self.finished),
+            "total_rejections": dict(self.rejections),
             "total_preemptions": self.preemptions,
             "total_steps": self.steps,
             "engine_restarts": self.engine_restarts,

@@ -52,6 +52,7 @@ class Exposition:
         m, last = self._metrics, self._metrics.last
         yield self._gauge("num_requests_running", "Requests in the running batch.", last.num_running if last else 0)
         yield self._gauge("num_requests_waiting", "Requests that wait to run.", last.num_waiting if last else 0)
+        yield self._gauge("num_requests_paused", "Requests whose client does not read.", last.num_paused if last else 0)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", m.kv_cache_usage)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", m.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", m.prefix_hits)
@@ -67,6 +68,14 @@ class Exposition:
         for reason, count in m.finished.items():
             finished.add_metric([m.model_name, ENGINE, reason], count)
         yield finished
+        rejections = CounterMetricFamily(
+            self._prefix + "admission_rejections",
+            "Requests and connections that were not taken in, by reason.",
+            labels=["model_name", "engine", "reason"],
+        )
+        for reason, count in m.rejections.items():
+            rejections.add_metric([m.model_name, ENGINE, reason], count)
+        yield rejections
         for name, histogram in m.histograms.items():
             family = HistogramMetricFamily(self._prefix + name, HISTOGRAM_HELP[name], labels=["model_name", "engine"])
             family.add_metric([m.model_name, ENGINE], histogram.cumulative(), histogram.total)

@@ -1,4 +1,4 @@
-"""Every request and where it is: waiting, or running on a row and holding blocks.
+"""Every request and where it is: waiting, running on a row and holding blocks, or paused.
 
 The moves between those places are here, so that each is whole: a request that leaves gives up its row, its blocks and its names
 in one call. When to move is decided elsewhere (``planner.py``, ``scheduler.py``).
@@ -41,6 +41,7 @@ class Book:
         self.kv = kv
         self.waiting = POLICIES[limits.scheduling_policy]()
         self.running: list[Request] = []  # sorted by claim
+        self.paused: dict[int, Request] = {}  # by uid: nobody reads their text, so they hold tokens and nothing else
         self.live: dict[int, Request] = {}
         self.by_id: dict[str, Request] = {}
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -78,30 +79,49 @@ class Book:
 
     def preempt(self, request: Request) -> None:
         """Blocks and row go back; the tokens stay. Results in flight are still appended before it runs again."""
-        self._give_up_row(request)
-        self.kv.release(request.uid)
-        request.computed = request.scheduled = request.room = 0
+        self._stop_running(request)
         request.num_preemptions += 1
-        request.blocked_at = -1
+        self.waiting.add(request)
+
+    def pause(self, request: Request) -> None:
+        """As ``preempt``, but it does not run again before ``resume``."""
+        if request.running:
+            self._stop_running(request)
+        else:
+            self.waiting.remove(request)
+        self.paused[request.uid] = request
+
+    def resume(self, request: Request) -> None:
+        """A paused request waits its turn again."""
+        del self.paused[request.uid]
         self.waiting.add(request)
 
     def leave(self, request: Request) -> None:
         """Take a request out of everything; results that are still due for it will be dropped."""
         if request.running:
             self._give_up_row(request)
-        else:
+        elif self.paused.pop(request.uid, None) is None:
             self.waiting.remove(request)
         self.kv.close(request.uid)
         del self.live[request.uid], self.by_id[request.spec.id]
 
     def restart(self, request: Request) -> None:
         """Begin again with the tokens it has under a new uid, so that results still in flight are dropped."""
+        paused = request.uid in self.paused
         self.leave(request)
         fresh = self.make(request.spec)
         for name in _KEPT:
             setattr(fresh, name, getattr(request, name))
         fresh.num_preemptions = request.num_preemptions + 1
         self.enter(fresh)
+        if paused:
+            self.pause(fresh)
+
+    def _stop_running(self, request: Request) -> None:
+        self._give_up_row(request)
+        self.kv.release(request.uid)
+        request.computed = request.scheduled = request.room = 0
+        request.blocked_at = -1
 
     def _give_up_row(self, request: Request) -> None:
         del self.running[bisect_left(self.running, request.claim, key=by_claim)]
@@ -117,7 +137,7 @@ class Book:
         waiting = list(self.waiting.in_order())
         if sorted([r.row for r in self.running] + self.free_rows) != list(range(self.limits.max_num_seqs)):
             found.append("rows are lost or double")
-        if sorted(r.uid for r in (*self.running, *waiting)) != sorted(self.live):
+        if sorted(r.uid for r in (*self.running, *waiting, *self.paused.values())) != sorted(self.live):
             found.append("a request is in no queue or in two")
         if [r.claim for r in self.running] != sorted(r.claim for r in self.running):
             found.append("running requests are out of order")
@@ -126,7 +146,7 @@ class Book:
             if r.running and (len(held) < self.kv.blocks_for(r.scheduled) or len(held) * self.kv.block_size < r.room):
                 found.append(f"request {r.uid} runs beyond its blocks")
             if not r.running and held:
-                found.append(f"request {r.uid} waits but holds blocks")
+                found.append(f"request {r.uid} waits or is paused but holds blocks")
             if not r.computed <= r.scheduled <= len(r.token_ids) + r.pending:
                 found.append(f"request {r.uid}: computed {r.computed}, scheduled {r.scheduled} are out of step")
         return found + self._sharing_problems()

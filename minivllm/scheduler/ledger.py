@@ -56,9 +56,9 @@ class Ledger:
         )
 
     def record(
-        self, flight: Flight | None, times: StepTimes, queues: tuple[int, int], blocks: PoolCounts, now: float
+        self, flight: Flight | None, times: StepTimes, queues: tuple[int, int, int], blocks: PoolCounts, now: float
     ) -> StepRecord:
-        """The counts as a record; they begin anew. ``queues`` is (running, waiting); ``flight`` None: nothing was computed."""
+        """The counts as a record; they begin anew. ``queues``: running, waiting, paused; no ``flight``: no step was."""
         record = StepRecord(
             step=flight.plan.step if flight else -1,
             scheduled_s=flight.scheduled_s if flight else now,
@@ -68,6 +68,7 @@ class Ledger:
             rows=flight.rows if flight else (),
             num_running=queues[0],
             num_waiting=queues[1],
+            num_paused=queues[2],
             waits=flight.waits if flight else (),
             rest_waits=flight.rest_waits if flight else "",
             blocks_total=blocks.total,

@@ -76,8 +76,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while any request is not finished or any result is due."""
-        return bool(self._book.live or self._flights)
+        """True while any request that is not paused is not finished, or any result is due."""
+        return len(self._book.live) > len(self._book.paused) or bool(self._flights)
 
     def add(self, spec: GenerateRequest, guide: Guide | None = None) -> None:
         """Queue a request; ``guide`` follows its text, and has seen its prior output. Raises ``ContextTooLong`` or
@@ -102,6 +102,25 @@ class Scheduler:
         found = [self._book.by_id[i] for i in dict.fromkeys(ids) if i in self._book.by_id]
         for request in found:
             self._end(request, "abort", now)
+        return len(found)
+
+    def pause(self, ids: Iterable[str]) -> int:
+        """Nobody reads what these requests say: their rows and blocks go back, their tokens stay, and they do not run before
+        ``resume``. What steps in flight bring them is still told. Unknown ids are passed over. Returns how many stopped."""
+        found = [self._book.by_id[i] for i in dict.fromkeys(ids) if i in self._book.by_id]
+        found = [request for request in found if request.uid not in self._book.paused]
+        for request in found:
+            self._book.pause(request)
+        return len(found)
+
+    def resume(self, ids: Iterable[str], now: float) -> int:
+        """Paused requests wait for their turn again, at the place of their claim; other ids are passed over. Returns how many
+        there were."""
+        found = [self._book.by_id[i] for i in dict.fromkeys(ids) if i in self._book.by_id]
+        found = [request for request in found if request.uid in self._book.paused]
+        for request in found:
+            self._book.resume(request)
+            request.last_token_s = now  # the pause was the reader's: no time between two tokens of ours
         return len(found)
 
     def schedule(self, now: float) -> StepPlan | None:
@@ -271,7 +290,8 @@ class Scheduler:
         return self._record(None, StepTimes(now, now), now)
 
     def _record(self, flight: Flight | None, times: StepTimes, now: float) -> StepRecord:
-        return self._ledger.record(flight, times, (self.num_running, self.num_waiting), self._kv.counts(), now)
+        queues = (self.num_running, self.num_waiting, len(self._book.paused))
+        return self._ledger.record(flight, times, queues, self._kv.counts(), now)
 
     def check(self) -> None:
         """Raise RuntimeError when an invariant is broken. For tests, and when idle in debug runs."""

@@ -1,7 +1,7 @@
 """The application, made from values: what it serves and the options. No module-level app, no global state.
 
-Layers, outermost first, all plain ASGI: the drain's gate, the bounds on bodies, then FastAPI's router. Every failure ends
-in one of the handlers below, the only makers of error answers above the HTTP parser besides those two layers.
+Layers, outermost first, all plain ASGI: the drain's gate, the bounds on bodies, admission's gate, then FastAPI's router. Every
+failure ends in one of the handlers below, the only makers of error answers above the HTTP parser besides those layers.
 """
 
 import logging
@@ -21,7 +21,9 @@ from starlette.responses import Response
 from minivllm import __version__
 from minivllm.config import Config
 from minivllm.errors import GenerationFailed, RequestError
+from minivllm.server.admission import Admission, bounds_of
 from minivllm.server.drain import ClientGone, Drain, DrainGate
+from minivllm.server.gate import AdmissionGate
 from minivllm.server.health import Health
 from minivllm.server.limits import BodyLimits
 from minivllm.server.protocol import FORMS
@@ -40,13 +42,15 @@ logger = logging.getLogger("minivllm.server")
 def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, Any] = MappingProxyType({})) -> FastAPI:
     """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does).
     ``sampling_defaults``: of the /v1 routes (``door.sampling_defaults``). Raises ``InvalidOption`` for unknown parsers."""
-    drain = Drain()
+    drain = Drain(config.server.request_timeout_s)
+    admission = Admission(bounds_of(config.server, llm.info), time.monotonic(), llm.metrics.reject)
+    gate = Middleware(AdmissionGate, admission=admission, max_body_bytes=config.server.max_body_bytes)
     app = FastAPI(
         title="mini-vLLM",
         version=__version__,
         docs_url=None,  # the page would load scripts from elsewhere
         redoc_url=None,
-        middleware=[Middleware(DrainGate, drain=drain), Middleware(BodyLimits, limits=config.server)],
+        middleware=[Middleware(DrainGate, drain=drain), Middleware(BodyLimits, limits=config.server), gate],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -56,8 +60,8 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
     )
     template = llm.tokenizer.template().source if llm.tokenizer.has_chat_template else None
     parsers = parsers_of(config.model.tool_call_parser, config.model.reasoning_parser, template)
-    probes = Health(llm, drain, lambda: llm.num_open >= config.server.max_waiting_requests)
-    app.state.serving = Serving(llm, config, int(time.time()), probes, drain, parsers, sampling_defaults)
+    probes = Health(llm, drain, lambda: admission.full)
+    app.state.serving = Serving(llm, config, int(time.time()), probes, admission, drain, parsers, sampling_defaults)
     for route in (native, completions, chat, models, tokenize, health, metrics):
         app.include_router(route.router)
     _describe_bodies(app)

@@ -10,18 +10,21 @@ It leans on names inside uvicorn, checked when this module is imported.
 """
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.config import ServerConfig
-from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow
-from minivllm.server.replies import error_body
-from minivllm.server.sse import SEND_CHUNK, SendChunk
+from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow, TooManyConnections
+from minivllm.server.replies import error_body, retry_after
+from minivllm.server.sse import SEND_CHUNK, Outwait, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
+HIGH_WATER_BYTES: Final = 16 * 2**10  # of a reply that the kernel does not take: then its stream waits
 HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
 _NEEDED: Final = (
@@ -37,21 +40,31 @@ def chunk_sender(cycle: RequestResponseCycle) -> SendChunk:
     without the application's layers, which look at a reply's beginning alone. Waits while the client does not read."""
     flow, write = cycle.flow, cycle.transport.write
 
-    async def send_chunk(part: bytes) -> None:
+    async def send_chunk(part: bytes, outwait: Outwait) -> None:
         if flow.write_paused and not cycle.disconnected:
-            await flow.drain()
+            await outwait(flow.drain)
         if not cycle.disconnected:
             write(b"%x\r\n%b\r\n" % (len(part), part))
 
     return send_chunk
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """How many connections there may be."""
+
+    most: int  # that are served
+    spare: int  # beyond these: they are told that there are too many
+    on_refusal: Callable[[str], None]
+
+
 class Connection(HttpToolsProtocol):
     """Written by the event loop that owns its socket, and by nobody else."""
 
-    def __init__(self, limits: ServerConfig, **uvicorn_values: Any) -> None:
+    def __init__(self, limits: ServerConfig, capacity: Capacity, **uvicorn_values: Any) -> None:
         super().__init__(**uvicorn_values)
         self._limits = limits
+        self._capacity = capacity
         self._kept_bytes = 0  # received since the parser last finished something: what it must be holding
         self._head_bytes = 0  # of the message being parsed: request line, headers, trailers
         self._in_head = False
@@ -67,7 +80,17 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        self._await_head()
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        over = len(self.connections) - self._capacity.most
+        if over <= 0:
+            self._await_head()
+            return
+        self._capacity.on_refusal("connections")
+        if over <= self._capacity.spare:
+            self._refuse(TooManyConnections())
+        else:
+            self._refused = True
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget every deadline."""
@@ -186,8 +209,10 @@ class Connection(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         body = error_body(error)
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        if (wait_s := retry_after(error)) is not None:
+            head += b"retry-after: %d\r\n" % wait_s
+        self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.abort)

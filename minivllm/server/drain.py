@@ -1,4 +1,4 @@
-"""How requests end from outside: the client goes away, or the server stops.
+"""How requests end from outside: the client goes away, their time is over, or the server stops.
 
 Every piece of generating work runs through ``Drain.run``: a task of its own, so that the ASGI task can listen for the
 client's disconnect meanwhile and cancel the work. Cancelling leaves the mailbox of ``AsyncLLM.open``, and that aborts
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minivllm.errors import ServerDraining, ServerStopped
+from minivllm.errors import RequestTimedOut, ServerDraining, ServerStopped
 from minivllm.server.replies import error_response
 
 T = TypeVar("T")
@@ -31,7 +31,8 @@ class ClientGone(Exception):
 class Drain:
     """Written by ``http.serve`` (``begin``, ``cut``) and by the requests that it counts; read by routes and the gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_timeout_s: float | None = None) -> None:
+        self._request_timeout_s = request_timeout_s
         self.draining = False
         self.stopped = False
         self.num_open = 0  # requests being answered, probes not counted
@@ -61,7 +62,8 @@ class Drain:
             self.idle.set()
 
     async def run(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
-        """Await ``work``, but end it when the client goes away (``ClientGone``) or the server stops (``ServerStopped``).
+        """Await ``work``, but end it when the client goes away (``ClientGone``), its time is over (``RequestTimedOut``) or the
+        server stops (``ServerStopped``).
 
         ``receive`` must have given the whole body already: what it gives next can only be the disconnect.
         """
@@ -72,6 +74,9 @@ class Drain:
         watch = asyncio.create_task(_disconnected(receive))
         watch.add_done_callback(lambda _: task.cancel())
         self._work.add(task)
+        limit_s = self._request_timeout_s
+        late = asyncio.Event()
+        timer = None if limit_s is None else asyncio.get_running_loop().call_later(limit_s, _end_late, late, task)
         try:
             return await task
         except asyncio.CancelledError:
@@ -79,10 +84,20 @@ class Drain:
                 raise ClientGone from None
             if self.stopped and task.cancelled():
                 raise ServerStopped from None
+            if limit_s is not None and late.is_set() and task.cancelled():
+                raise RequestTimedOut(limit_s) from None
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             watch.cancel()
             self._work.discard(task)
+
+
+def _end_late(late: asyncio.Event, task: "asyncio.Task[Any]") -> None:
+    """A request's time is over."""
+    late.set()
+    task.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

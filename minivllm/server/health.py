@@ -34,7 +34,7 @@ class Health:
         self._llm = llm
         self._drain = drain
         self._full = full
-        self._canary: asyncio.Task[None] | None = None
+        self._canary: asyncio.Task[bool] | None = None
 
     def why_not_ready(self) -> str | None:
         """One sentence; None: ready."""
@@ -52,18 +52,18 @@ class Health:
             return True
         if self._canary is None or self._canary.done():
             self._canary = asyncio.create_task(self._send_canary())
+        return await asyncio.shield(self._canary)
+
+    async def _send_canary(self) -> bool:
+        """Whether it brought a token."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         try:
-            await asyncio.wait_for(asyncio.shield(self._canary), CANARY_S)
+            with self._llm.open([Order(CANARY + uuid4().hex, self._prompt, sampling)]) as mailbox:
+                async with asyncio.timeout(CANARY_S):
+                    await mailbox.whole()
         except (TimeoutError, RequestError):
             return False
         return True
-
-    async def _send_canary(self) -> None:
-        """Return when a token came. Raises what went wrong, or ``TimeoutError``."""
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-        with self._llm.open([Order(CANARY + uuid4().hex, self._prompt, sampling)]) as mailbox:
-            async with asyncio.timeout(CANARY_S):
-                await mailbox.whole()
 
     @property
     def _prompt(self) -> list[int]:

@@ -11,7 +11,9 @@ import contextlib
 import errno
 import faulthandler
 import logging
+import resource
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -23,13 +25,15 @@ from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
 from minivllm.errors import PortInUse
-from minivllm.server.connection import Connection
+from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain
 from minivllm.server.serving import Serving
 
 if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
 
+KEPT_FILES: Final = 256  # of the limit: children's sockets, files being read, connections that are told of too many
+SEND_BUFFER_BYTES: Final = 32 * 2**10  # what the kernel may hold of a reply that is not read; Linux takes twice that
 TICK_S: Final = 1.0  # the Date header's resolution
 LOG_EVERY_S: Final = 10.0
 STUCK_S: Final = 10.0  # a loop that did not turn for so long: where each thread is goes to standard error
@@ -45,7 +49,9 @@ class Server:
         self.limits = limits
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()  # a second wish to stop: now
-        self.drain: Drain = _drain_of(app)
+        serving = _serving_of(app)
+        self.drain: Drain = serving.drain
+        self._capacity = capacity_of(limits.max_connections, serving.llm.metrics.reject)
         self._state = ServerState()
         self._listener: asyncio.Server | None = None
         self._uvicorn = uvicorn.Config(
@@ -72,9 +78,12 @@ class Server:
                 getattr(error, "errno", None) or 0, "the address is not one of this machine's"
             )
             raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
+        for listener in self._listener.sockets:  # its connections inherit this
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        logger.info("At most %d connections are served at once", self._capacity.most)
 
     def _connect(self) -> Connection:
-        return Connection(self.limits, config=self._uvicorn, server_state=self._state, app_state={})
+        return Connection(self.limits, self._capacity, config=self._uvicorn, server_state=self._state, app_state={})
 
     @property
     def port(self) -> int:
@@ -114,12 +123,20 @@ class Server:
             task.cancel()
 
 
-def _drain_of(app: FastAPI) -> Drain:
-    """The drain that the app's gate looks at."""
+def capacity_of(asked: int | None, on_refusal: Callable[[str], None]) -> Capacity:
+    """Connections that leave some of the files that this process may open: at the limit nobody could be told anything, and
+    accepting would fail over and over."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    allowed = 2**20 if limit == resource.RLIM_INFINITY else max(limit - KEPT_FILES, limit // 2)
+    return Capacity(allowed if asked is None else min(asked, allowed), min(KEPT_FILES, limit // 2) // 2, on_refusal)
+
+
+def _serving_of(app: FastAPI) -> Serving:
+    """What the app's routes look at."""
     value = app.state.serving
     if not isinstance(value, Serving):
         raise TypeError("the app was not made by create_app")
-    return value.drain
+    return value
 
 
 async def serve(

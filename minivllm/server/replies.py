@@ -262,11 +262,16 @@ def error_body(error: RequestError) -> bytes:
     return encode(ErrorReply(ErrorDetail(message, error.kind, error.param, error.status)))
 
 
+def retry_after(error: RequestError) -> int | None:
+    """Seconds after which the client may try again; None where that would not help."""
+    return getattr(error, "retry_after_s", 1 if error.status == HTTPStatus.SERVICE_UNAVAILABLE else None)
+
+
 def error_response(error: RequestError, close: bool = False) -> Response:
     """The HTTP answer for ``error``; with ``close`` the connection ends with it."""
     headers: dict[str, str] = {}
-    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["retry-after"] = str(getattr(error, "retry_after_s", 1))
+    if (retry_after_s := retry_after(error)) is not None:
+        headers["retry-after"] = str(retry_after_s)
     if close or error.status == HTTPStatus.REQUEST_TIMEOUT:
         headers["connection"] = "close"
     return Response(error_body(error), error.status, headers, media_type="application/json")

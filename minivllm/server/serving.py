@@ -6,19 +6,24 @@ format.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
+from starlette.types import Scope
 
-from minivllm.async_llm import AsyncLLM, Order
+from minivllm.async_llm import AsyncLLM, Mailbox, Order
 from minivllm.beams import BeamSearchParams
 from minivllm.config import Config
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
+from minivllm.server.admission import Admission, Cost, cost_of, cost_of_beams
 from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
+from minivllm.server.gate import ticket_of
 from minivllm.server.health import Health
 from minivllm.server.messages import Chat
 from minivllm.text.reply_parsers import Parsers
@@ -38,6 +43,7 @@ class Serving:
     config: Config
     created: int  # unix time
     health: Health
+    admission: Admission
     drain: Drain = field(default_factory=Drain)
     parsers: Parsers = field(default_factory=Parsers)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the /v1 routes: what the model's makers advise
@@ -102,15 +108,29 @@ class Serving:
         """Generate for ``orders`` and wait until all have ended. Raises ``RequestError`` subclasses and ``ClientGone``."""
 
         async def work() -> list[RequestOutput]:
-            with self.llm.open(orders) as mailbox:
+            with self.admitted(request.scope, orders) as mailbox:
                 return await mailbox.whole()
 
         return await self.drain.run(work(), request.receive)
+
+    @contextmanager
+    def admitted(self, scope: Scope, orders: Sequence[Order]) -> Iterator[Mailbox]:
+        """Generate for ``orders`` if there is room for what they cost. Raises ``RequestError`` subclasses."""
+        self._settle(scope, cost_of(orders, self.llm.info.max_model_len))
+        with self.llm.open(orders, self.config.server.queue_timeout_s) as mailbox:
+            try:
+                yield mailbox
+            finally:
+                ticket_of(scope).num_output = mailbox.num_output
+
+    def _settle(self, scope: Scope, cost: Cost) -> None:
+        self.admission.settle(ticket_of(scope), cost, time.monotonic())
 
     async def beam_search(
         self, searches: Sequence[tuple[Order, BeamSearchParams]], request: Request
     ) -> list[list[RequestOutput]]:
         """The best texts of each search. Raises as ``whole`` does."""
+        self._settle(request.scope, cost_of_beams(searches))
         return await self.drain.run(self.llm.beam_search(searches), request.receive)
 
 

@@ -6,7 +6,7 @@ LF, CR and CRLF and each part gets its own ``data:``; a client joins the parts w
 The response waits a moment for the first text before it sends its status line: an error at the door (prompt too long,
 queue full) still has its own status then. After the status line an error can only be an event. A slow reader costs no more
 memory than its answer: ``send`` waits while the socket's buffer is full, nobody takes from the mailbox meanwhile, and what the
-engine makes is merged there.
+engine makes is merged there. When it lasts, the engine pauses the request, which then holds none of the device's memory.
 
 This is the path that every token takes, so it is short: one task a reply, which sleeps until its mailbox has something, and
 one write for all that is there.
@@ -31,7 +31,9 @@ from minivllm.types import RequestOutput
 
 SEND_CHUNK: Final = "minivllm.send_chunk"  # extension of the ASGI scope: "send" is a ``SendChunk`` of the connection itself
 STATUS_AFTER_S = 1.0  # a request that is still queued then gets its 200 before its first token
-SendChunk = Callable[[bytes], Awaitable[None]]  # of a reply that has begun; never empty
+Writable = Callable[[], Awaitable[None]]  # returns when the client reads again
+Outwait = Callable[[Writable], Awaitable[None]]  # how a sender waits for that
+SendChunk = Callable[[bytes, Outwait], Awaitable[None]]  # of a reply that has begun; never empty
 MARK: Final = "\0text\0"
 DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger("minivllm.server")
@@ -94,6 +96,8 @@ class EventStream(Response):
         self._orders = orders
         self._script = script
         self._started = False
+        queue_timeout_s = serving.config.server.queue_timeout_s  # a request that waits too long gets its own status too
+        self._status_after_s = STATUS_AFTER_S if queue_timeout_s is None else queue_timeout_s + STATUS_AFTER_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end. Raises a ``RequestError`` only before the first byte, so that it can still have its status."""
@@ -101,7 +105,7 @@ class EventStream(Response):
         extension = scope.get("extensions", {}).get(SEND_CHUNK)
         send_chunk = _through(send) if extension is None else extension["send"]
         try:
-            await self._serving.drain.run(self._stream(send, send_chunk), receive)
+            await self._serving.drain.run(self._stream(scope, send, send_chunk), receive)
             return
         except ClientGone:
             return
@@ -116,12 +120,12 @@ class EventStream(Response):
                 raise error from None
         await send({"type": "http.response.body", "body": self._script.failure(error)})
 
-    async def _stream(self, send: Send, send_chunk: SendChunk) -> None:
+    async def _stream(self, scope: Scope, send: Send, send_chunk: SendChunk) -> None:
         """Status line, every event, end."""
         script = self._script
-        with self._serving.llm.open(self._orders) as mailbox:
+        with self._serving.admitted(scope, self._orders) as mailbox:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STATUS_AFTER_S):
+                async with asyncio.timeout(self._status_after_s):
                     await mailbox.wait()
             taken = mailbox.take()  # raises what went wrong at the door
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -131,7 +135,7 @@ class EventStream(Response):
                 if not mailbox.more:
                     break
                 if events:
-                    await send_chunk(events)
+                    await send_chunk(events, mailbox.outwait)
                 await mailbox.wait()
                 taken = mailbox.take()
         await send({"type": "http.response.body", "body": events + script.end()})
@@ -140,7 +144,7 @@ class EventStream(Response):
 def _through(send: Send) -> SendChunk:
     """Chunks as ASGI has them, where the connection is not ours."""
 
-    async def send_chunk(part: bytes) -> None:
-        await send({"type": "http.response.body", "body": part, "more_body": True})
+    async def send_chunk(part: bytes, outwait: Outwait) -> None:
+        await outwait(lambda: send({"type": "http.response.body", "body": part, "more_body": True}))
 
     return send_chunk

@@ -173,6 +173,25 @@ def test_requests_outlive_their_engines() -> None:
     run(scene())
 
 
+def test_a_paused_request_stays_paused_in_the_next_engine() -> None:
+    async def scene() -> None:
+        async with started() as reader:
+            wanted = [request(f"r{i}", 60, (1, 2, 20 + i)) for i in range(3)]
+            reader.add(*wanted)
+            while min(map(len, reader.tokens.values())) < 5:
+                await reader.once()
+            reader.client.pause(["r1"])
+            reader.kill()
+            while not reader.ends.keys() >= {"r0", "r2"}:
+                await reader.once()
+            assert len(reader.tokens["r1"]) < 60
+            reader.client.resume(["r1"])
+            await reader.until_all_ended()
+            assert reader.tokens == {one.id: expected(one) for one in wanted}
+
+    run(scene())
+
+
 def test_a_dead_zygote_is_replaced_too() -> None:
     async def scene() -> None:
         async with started() as reader:

@@ -59,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.told: dict[str, list[tuple[int, int]]] = {}
         self.ends: dict[str, str] = {}
         self.aborted: set[str] = set()
+        self.paused: set[str] = set()
         self.poisoned: set[str] = set()
 
     # -- moves -----------------------------------------------------------------------------------------------------------
@@ -117,6 +118,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = self._pick(pick)
         assert self.scheduler.abort([name], self.now) == 1
         self.aborted.add(name)
+        self.paused.discard(name)
+
+    @precondition(lambda self: self._open())
+    @rule(pick=st.integers(0, 1 << 30))
+    def pause(self, pick: int) -> None:
+        """Its reader does not read: it holds nothing, whatever is in flight for it."""
+        name = self._pick(pick)
+        assert self.scheduler.pause([name, "nobody", name]) == (name not in self.paused)
+        self.paused.add(name)
+        request = self.scheduler._book.by_id[name]
+        assert not request.running
+        assert not self.kv.held_blocks(request.uid)
+
+    @precondition(lambda self: self.paused)
+    @rule(pick=st.integers(0, 1 << 30))
+    def resume(self, pick: int) -> None:
+        name = sorted(self.paused)[pick % len(self.paused)]
+        self.paused.discard(name)
+        assert self.scheduler.resume([name, "nobody"], self.now) == (name not in self.ends)
 
     @precondition(lambda self: len(self.flights) <= self.depth)
     @rule(fails=st.integers(0, 19))
@@ -156,8 +176,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1.0
         plan = self.scheduler.schedule(self.now)
         if plan is None:
-            assert self.flights or not self._open(), "nothing is in flight and something could run, but nothing runs"
+            able = set(self._open()) - self.paused
+            assert self.flights or not able, "nothing is in flight and something could run, but nothing runs"
+            assert self.scheduler.has_work == bool(self.flights or able)
             return False
+        assert not {w.uid for w in plan.work} & {self.scheduler._book.by_id[name].uid for name in self.paused}
         assert sum(w.num_tokens for w in plan.work) <= self.scheduler.limits.max_num_batched_tokens
         if fails:
             self.runner.fail_steps.add(plan.step)
@@ -188,6 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.told[event.id] += [(round(-found.logprob), found.rank) for found in event.prompt_logprobs]
             if event.finish_reason:
                 self.ends[event.id] = event.finish_reason
+                self.paused.discard(event.id)
 
     # -- what must hold --------------------------------------------------------------------------------------------------
 
@@ -206,6 +230,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Everything comes to its end, with the text that each request has alone."""
         if not hasattr(self, "scheduler"):
             return
+        self.scheduler.resume(sorted(self.paused), self.now)
+        self.paused.clear()
         for _ in range(5000):
             if not self.scheduler.has_work:
                 break

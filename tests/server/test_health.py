@@ -73,7 +73,7 @@ def test_a_canary_that_fails_is_no_health(start: Callable[..., Live], monkeypatc
 
 
 def test_readiness_tells_why_not(start: Callable[..., Live], until: Until) -> None:
-    live = start(delay_s=0.02, max_waiting_requests=1)
+    live = start(delay_s=0.02, max_num_queued_reqs=0)
     assert httpx.get(live.url + "/ready").json() == {"ready": True, "reason": ""}
 
     def reason() -> str:
@@ -84,7 +84,8 @@ def test_readiness_tells_why_not(start: Callable[..., Live], until: Until) -> No
     live.client.health = EngineHealth(up=False)
     assert "engine" in reason()
     live.client.health = EngineHealth(up=True)
-    with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "max_tokens": 200, "stream": True}) as reply:
+    body = {"prompt": ["x"] * live.client.info.max_num_seqs, "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", live.url + "/v1/completions", json=body) as reply:
         pieces = reply.iter_raw()  # the stream lives as long as this does
         next(pieces)
         assert "queue is full" in reason()

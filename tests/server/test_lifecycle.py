@@ -73,19 +73,6 @@ def test_one_bad_choice_ends_the_others(start: Callable[..., Live], until: Until
     until(lambda: live.llm.num_open == 0)
 
 
-def test_a_full_queue_is_told_when_to_come_back(start: Callable[..., Live], until: Until) -> None:
-    live = start(max_waiting_requests=1)
-    live.client.hold = True
-    sock = send(live, "/generate", True)
-    until(lambda: live.llm.num_open == 1)
-    for path, body in BODIES.items():
-        reply = httpx.post(f"{live.url}{path}", json=body)
-        assert reply.status_code == 503
-        assert int(reply.headers["retry-after"]) >= 1
-        assert reply.json()["error"]["type"] == "ServiceUnavailableError"
-    sock.close()
-
-
 def test_a_dead_engine_ends_every_stream_and_the_server(start: Callable[..., Live], until: Until) -> None:
     live = start(delay_s=0.02)
     replies: dict[str, httpx.Response] = {}

@@ -83,6 +83,8 @@ class ScriptedClient:
         self.delay_s = delay_s
         self.added: list[GenerateRequest] = []
         self.aborted: list[str] = []
+        self.paused: list[str] = []
+        self.resumed: list[str] = []
         self._open: dict[str, _Open] = {}
         self._step = 0
         self._wake = asyncio.Event()
@@ -106,6 +108,13 @@ class ScriptedClient:
             self.aborted.append(name)
             self._open.pop(name, None)
 
+    def pause(self, ids: Sequence[str]) -> None:
+        self.paused += ids
+
+    def resume(self, ids: Sequence[str]) -> None:
+        self.resumed += ids
+        self._wake.set()
+
     async def close(self) -> None:
         self.dead = True
         self._wake.set()
@@ -117,7 +126,7 @@ class ScriptedClient:
             if self.dead:
                 raise EngineDead
             if self._open and not self.hold:
-                return self._say()
+                return self._say()  # at times nothing: all that is open is paused
             waited = asyncio.create_task(self._wake.wait())
             await asyncio.wait({waited}, timeout=0.02)  # tests change the fields from another thread
             waited.cancel()
@@ -127,8 +136,10 @@ class ScriptedClient:
         self._step += 1
         script = self.tokenizer.encode(self.text)
         events, finished, now = [], [], time.monotonic()
-        rows = tuple(RowRecord(name, o.sent, 1, "decode") for name, o in self._open.items())
-        for name, o in list(self._open.items()):
+        stopped = {name for name in self.paused if self.paused.count(name) > self.resumed.count(name)}
+        able = {name: o for name, o in self._open.items() if name not in stopped}
+        rows = tuple(RowRecord(name, o.sent, 1, "decode") for name, o in able.items())
+        for name, o in able.items():
             token = script[o.sent % len(script)]
             o.sent += 1
             limit = o.request.sampling.max_tokens or 1

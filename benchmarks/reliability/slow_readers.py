@@ -1,0 +1,173 @@
+"""Clients that never read, beside others that do.
+
+    python -m benchmarks.reliability.slow_readers
+
+200 streams whose clients do not read fill what the kernel and the server hold for them, and stall. Each is then paused in the
+engine: its KV blocks are free. They stay so for 5 minutes; then their clients read after all, and each gets its whole text, the
+one that a client which reads at once got. The promises: a stalled stream costs the server at most 128 KiB, its socket's buffer
+included, and the time between the others' tokens is within 10 % of what it is without them.
+"""
+
+import argparse
+import asyncio
+import re
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.reliability.raw_client import Reply, ask, ask_and_not_read, texts_of
+from benchmarks.reliability.watched import Server, percentile, serve, verdict
+from minivllm.server.http import SEND_BUFFER_BYTES
+
+MOST_BYTES, MOST_ITL = 128 * 2**10, 1.10
+PATH = "/v1/completions"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    stalled: int
+    readers: int
+    hold_s: float
+    rounds: int  # of reading without the stalled ones, and with them
+
+
+def options(sizes: Sizes) -> list[str]:
+    """Of the server: room for everybody, texts that depend on nothing but their request."""
+    return [
+        "--slow-reader-pause", "2", "--write-timeout-s", "3600",
+        "--max-num-seqs", str(sizes.stalled + sizes.readers), "--max-num-batched-tokens", "2048", "--batch-invariant",
+    ]  # fmt: skip
+
+
+def long_request(number: int) -> dict[str, Any]:
+    """A stream that is far longer than all buffers: some hundred bytes a token."""
+    return {
+        "prompt": f"Story number {number % 20}. Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0,
+        "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+
+
+async def read_normally(server: Server, sizes: Sizes) -> list[float]:
+    """Times between the tokens of clients that read."""
+    gaps: list[float] = []
+    for _ in range(sizes.rounds):
+        body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
+        replies = [await ask(server.port, PATH, body) for _ in range(sizes.readers)]
+        await asyncio.gather(*[reply.closed for reply in replies])
+        if not all(reply.whole for reply in replies):
+            raise RuntimeError("a reader did not get its text")
+        for reply in replies:
+            gaps += [b - a for a, b in zip(reply.times_s[1:], reply.times_s[2:], strict=False)]
+    return gaps
+
+
+async def whole_texts(server: Server, numbers: Sequence[int]) -> dict[int, str]:
+    """What clients that read at once get."""
+    replies: dict[int, Reply] = {n: await ask(server.port, PATH, long_request(n)) for n in numbers}
+    await asyncio.gather(*[reply.closed for reply in replies.values()])
+    return {n: texts_of(reply.data) for n, reply in replies.items()}
+
+
+def read_after_all(socks: Sequence[socket.socket]) -> list[bytes]:
+    """What lay there, and what comes now, until each stream has ended."""
+    parts: list[list[bytes]] = [[] for _ in socks]
+    with selectors.DefaultSelector() as selector:
+        for i, sock in enumerate(socks):
+            sock.setblocking(False)
+            selector.register(sock, selectors.EVENT_READ, i)
+        while selector.get_map():
+            if not (ready := selector.select(timeout=60)):
+                raise RuntimeError(f"{len(selector.get_map())} streams did not go on")
+            for key, _ in ready:
+                part = key.fileobj.recv(65536)  # type: ignore[union-attr]
+                parts[key.data].append(part)
+                if not part:
+                    selector.unregister(key.fileobj)
+    return [unchunked(b"".join(found)) for found in parts]
+
+
+def unchunked(reply: bytes) -> bytes:
+    """The body of a chunked reply."""
+    body, out = reply.split(b"\r\n\r\n", 1)[1], []
+    while match := re.match(rb"([0-9a-f]+)\r\n", body):
+        size = int(match[1], 16)
+        out.append(body[match.end() : match.end() + size])
+        body = body[match.end() + size + 2 :]
+    return b"".join(out)
+
+
+
+
+def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
+    """The table, and what is broken."""
+    broken: list[str] = []
+    with serve(*options(sizes)) as server:
+        texts = asyncio.run(whole_texts(server, range(20)))
+        asyncio.run(read_normally(server, sizes))  # warms up
+        alone = asyncio.run(read_normally(server, sizes))
+        server.wait_idle()
+        before = server.memory_bytes()
+        socks = [ask_and_not_read(server.port, PATH, long_request(i)) for i in range(sizes.stalled)]
+        began = time.monotonic()
+        stalled = server.wait_for(300, paused_requests=sizes.stalled, active_requests=0, waiting_requests=0)
+        stalled_s = time.monotonic() - began
+        if stalled["kv_cache_usage"]:
+            broken.append(f"paused streams hold {stalled['kv_cache_usage']:.0%} of the KV cache")
+        beside = asyncio.run(read_normally(server, sizes))
+        memory = server.memory_bytes()
+        while time.monotonic() < began + sizes.hold_s:
+            time.sleep(min(5.0, sizes.hold_s))
+            memory = max(memory, server.memory_bytes())
+        beside += asyncio.run(read_normally(server, sizes))
+        if server.metrics()["paused_requests"] != sizes.stalled:
+            broken.append("a paused stream went on before it was read")
+        bodies = read_after_all(socks)
+        server.wait_idle()
+        same = [texts_of(body) == texts[i % 20] and body.endswith(b"data: [DONE]\n\n") for i, body in enumerate(bodies)]
+        for sock in socks:
+            sock.close()
+    each = (memory - before) / sizes.stalled
+    ratio = percentile(beside, 0.5) / percentile(alone, 0.5), sum(beside) / len(beside) / (sum(alone) / len(alone))
+    if each + 2 * SEND_BUFFER_BYTES > MOST_BYTES:
+        broken.append(f"a stalled stream costs {(each + 2 * SEND_BUFFER_BYTES) / 1024:.0f} KiB")
+    if not all(same):
+        broken.append(f"{same.count(False)} of {len(same)} streams did not get the text that a reader gets")
+    rows: list[tuple[str, object]] = [
+        ("streams that stalled and were paused", f"{sizes.stalled}, {stalled_s:.0f} s after they began"),
+        ("KV blocks they held then", f"{stalled['kv_cache_usage']:.1%}"),
+        ("server memory each, KiB", f"{each / 1024:.1f}, and at most {2 * SEND_BUFFER_BYTES // 1024} in the kernel"),
+        ("whole texts when they were read", f"{same.count(True)} of {len(same)}"),
+        ("others' ITL alone, ms: p50, mean, p99", itl(alone)),
+        ("others' ITL beside them", itl(beside)),
+        ("ratio of p50 and of mean", f"{ratio[0]:.3f}, {ratio[1]:.3f}"),
+    ]
+    if ratio[1] > MOST_ITL:
+        broken.append(f"others' tokens come {ratio[1]:.2f} times as slowly")
+    return rows, broken
+
+
+def itl(gaps: Sequence[float]) -> str:
+    """A distribution of times in ms."""
+    return f"{1e3 * percentile(gaps, 0.5):.2f}, {1e3 * sum(gaps) / len(gaps):.2f}, {1e3 * percentile(gaps, 0.99):.2f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stalled", type=int, default=200)
+    parser.add_argument("--readers", type=int, default=16)
+    parser.add_argument("--hold-s", type=float, default=300.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    found = parser.parse_args(argv)
+    rows, broken = measure(Sizes(found.stalled, found.readers, found.hold_s, found.rounds))
+    return verdict("slow readers", rows, broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
