@@ -3,8 +3,8 @@
     python -m benchmarks.reliability.kill [--kills 200] [--streams 64] [--plain] [--hang]
 
 A real server with the bundled model. In each round as many streams as asked for run at once (greedy, seeded, under a grammar,
-four texts of a prompt, with logprobs, with prompts in several chunks), the engine is killed at a random moment, and every stream
-is read to its end. In batch-invariant mode (the default here) its bytes must be those of a run without a kill. With
+four texts of a prompt, with logprobs, with prompts in several chunks), the engine is killed at a random moment, and every
+stream is read to its end. In batch-invariant mode (the default here) its bytes must be those of a run without a kill. With
 ``--plain`` (without that mode) its tokens, text, logprobs and usage must agree with each other. ``--hang`` stops the engine's
 process instead (SIGSTOP), so that it has to be found out first.
 
