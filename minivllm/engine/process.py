@@ -99,8 +99,14 @@ class EngineServer:
                     return 0
             if not engine.has_work:
                 more = more and engine.prepare_more()
-            elif (output := engine.step()) is not None:
-                self._send(output)
+            else:
+                try:
+                    output = engine.step()
+                except errors.DeviceLost as lost:
+                    log.critical("%s This process ends with exit code %d.", lost, lost.exit_code)
+                    return lost.exit_code
+                if output is not None:
+                    self._send(output)
         return 0
 
     def _first_message(self) -> Config | None:
