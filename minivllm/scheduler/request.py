@@ -49,10 +49,10 @@ class Request:
     """State of one request. Written by the ``Scheduler`` alone; policies read it through ``RequestView``."""
 
     __slots__ = (
-        "arrival_s", "before", "blocked_at", "borrowed", "cached", "claim", "computed", "evictions", "failures", "first_token_s",
-        "forgiven", "fork_of", "guide", "in_flight", "last_token_s", "left_blocks", "num_known_at_start", "num_preemptions",
-        "num_prompt", "overtaken", "pending", "planned_in", "prompt_asked", "prompt_told", "repetition", "room", "row",
-        "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
+        "arrival_s", "before", "blocked_at", "borrowed", "cached", "claim", "computed", "evictions", "failures",
+        "first_token_s", "forgiven", "fork_of", "guide", "in_flight", "last_token_s", "left_blocks", "num_known_at_start",
+        "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in", "prompt_asked", "prompt_told", "repetition",
+        "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: int, spec: GenerateRequest, eos_token_ids: Sequence[int], max_model_len: int) -> None:
