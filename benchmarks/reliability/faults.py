@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
-from faults import Faults, Tally, inject, quiet, staged, tiny_model  # noqa: E402
+from faults import Faults, Tally, inject, quiet, staged, tiny_model
 
 TEMPLATES = 24  # batches that differ in prompts and lengths
 EVERY = 500  # faults between two lines of progress
