@@ -16,7 +16,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -218,6 +218,15 @@ class Mailbox:
         return [output for _, output in sorted(self.take(), key=lambda taken: taken[0])]
 
 
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """What fails here is nobody's end."""
+    try:
+        yield
+    except Exception:
+        log.exception(what)
+
+
 def share_of(config: Config, device: str) -> float:
     """What deliveries may take of the event loop's core: little where the model's threads want every core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -267,7 +276,8 @@ class AsyncLLM:
             while True:
                 message = await self._client.outputs()
                 if message.record is not None:
-                    self.metrics.observe(message.record)
+                    with _logged("a step was not counted"):
+                        self.metrics.observe(message.record)
                     if message.record.num_output_tokens:
                         self.last_token_s = time.monotonic()
                 self.metrics.engine_restarts = self._client.health.num_restarts
@@ -288,10 +298,14 @@ class AsyncLLM:
         mailboxes, held = self._mailboxes, self._held
         for output in outputs:
             mailbox = mailboxes[output.id]
-            if mailbox.put(output):
-                mailbox.wake()
-            else:
-                held.add(mailbox)
+            try:
+                if mailbox.put(output):
+                    mailbox.wake()
+                else:
+                    held.add(mailbox)
+            except Exception:
+                log.exception("request %s failed when its output was to be delivered", output.id)
+                mailbox.fail(GenerationFailed("The server failed to deliver this answer; its log says why."))
         if held and self._round is None:
             wait_s = self._pacer.wait_s()
             if wait_s <= 0:
@@ -316,10 +330,14 @@ class AsyncLLM:
         for order in orders:
             requests[order.id] = self._accept(order, requests)
         mailbox = Mailbox(tuple(requests), self)
-        for order, request in zip(orders, requests.values(), strict=True):
-            self._mailboxes[request.id] = mailbox
-            self._outputs.add(request.id, request.prompt_ids, request.sampling, order.shown_ids)
-            self._client.add(request)
+        try:
+            for order, request in zip(orders, requests.values(), strict=True):
+                self._mailboxes[request.id] = mailbox
+                self._outputs.add(request.id, request.prompt_ids, request.sampling, order.shown_ids)
+                self._client.add(request)
+        except BaseException:
+            mailbox.__exit__()  # all or none
+            raise
         if may_wait_s is not None:
             mailbox.begin_within(may_wait_s)
         return mailbox
@@ -342,7 +360,8 @@ class AsyncLLM:
     def forget(self, ids: Sequence[str], running: Sequence[str]) -> None:
         """Nobody waits for these any more; ``running`` are those that the engine has not ended."""
         for request_id in ids:
-            self._held.discard(self._mailboxes.pop(request_id))
+            if (mailbox := self._mailboxes.pop(request_id, None)) is not None:
+                self._held.discard(mailbox)
             self._outputs.drop(request_id)
         if running and self.alive:
             self._client.abort(running)

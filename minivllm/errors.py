@@ -242,3 +242,18 @@ class PortInUse(StartupError):
 
 class OutOfDeviceMemory(Exception):
     """A step did not fit into what is left of the device's memory. No user meets it: the engine makes smaller steps."""
+
+
+class RequestFault(Exception):
+    """A step failed at what it does for one request alone. No user meets it: the engine ends that request, and says so."""
+
+    def __init__(self, uid: int) -> None:
+        super().__init__(f"a step failed at request {uid}")
+        self.uid = uid
+
+
+class DeviceLost(MiniVLLMError):
+    """The device reports the same error at every call (an illegal access, a failed assertion): only a new process can use it
+    again. The engine process ends with ``exit_code``."""
+
+    exit_code = 3

@@ -260,7 +260,7 @@ class SharedPrefix(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
-    """One step, as deltas. The runner applies ``freed_rows``, ``new_rows``, ``copies`` and then ``work``, in this order.
+    """One step, as deltas. The runner applies ``zeroed``, ``freed_rows``, ``new_rows``, ``copies`` and ``work``, in this order.
 
     ``shared`` is a fact about the running rows once ``new_rows`` are there, not an order and not a delta: a runner may read
     these blocks once for all rows of an entry, or take no notice. A row is in one entry at most, and may have no work in this
@@ -276,6 +276,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     copies: tuple[CopyBlock, ...] = ()
     grammar_rows: tuple[int, ...] = ()  # rows whose sampling waits for a mask
     shared: tuple[SharedPrefix, ...] = ()
+    zeroed: tuple[tuple[int, int], ...] = ()  # (KV group, block) in which numbers may stand that are not finite
 
     @property
     def num_tokens(self) -> int:

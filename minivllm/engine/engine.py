@@ -20,10 +20,19 @@ import numpy.typing as npt
 
 from minivllm.engine.grammars import Grammars, Guide
 from minivllm.engine.pace import Pace
-from minivllm.errors import InvalidRequest, MiniVLLMError, OutOfDeviceMemory, RequestError
+from minivllm.errors import (
+    DeviceLost,
+    GenerationFailed,
+    InvalidRequest,
+    MiniVLLMError,
+    OutOfDeviceMemory,
+    RequestError,
+    RequestFault,
+)
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
 
+_NOT_TAKEN = "The engine failed at taking this request; its log says why."
 _PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made
 _LONG_STEP_S = 1.0  # somebody should know of such a step before it begins
 _MOST_IDLE_TURNS = 1000  # of an engine that has work, plans none and waits for nothing
@@ -93,8 +102,18 @@ class Engine:
         return self._scheduler.has_work or self._changed or bool(self._preparing)
 
     def add(self, request: GenerateRequest) -> None:
-        """Queue a request; raises ``RequestError`` for one that can never run. Of one that follows a grammar it may only turn
-        out later that it cannot run; its last event says so."""
+        """Queue a request; raises ``RequestError`` for one that can never run, and nothing else. Of one that follows a grammar
+        it may only turn out later that it cannot run; its last event says so."""
+        try:
+            self._add(request)
+        except RequestError:
+            raise
+        except Exception as error:
+            log.exception("request %s could not be taken", request.id)
+            self.abort([request.id])  # if it got half-way
+            raise GenerationFailed(_NOT_TAKEN) from error
+
+    def _add(self, request: GenerateRequest) -> None:
         if (grammar := request.sampling.grammar) is None:
             self._scheduler.add(request)
             return
@@ -132,21 +151,18 @@ class Engine:
         return self._executor.prepare_more()
 
     def step(self) -> EngineOutput | None:
-        """Plan and launch a step; collect the oldest once more than ``overlap`` are in flight. None: nothing to say yet."""
+        """Plan and launch a step; collect the oldest once more than ``overlap`` are in flight. None: nothing to say yet.
+
+        A step that fails ends at most the one request whose fault it is. Raises ``DeviceLost``, and RuntimeError where nobody
+        can go on: whoever runs the engine has to end it."""
         if self._preparing and (refused := self._admit_prepared()):
             return EngineOutput(tuple(refused))
         try:
             output = self._step()
+        except DeviceLost:
+            raise
         except Exception as error:
-            out_of_memory = isinstance(error, OutOfDeviceMemory)
-            if out_of_memory:
-                log.warning("the device is out of memory; the step's requests start over, in smaller steps")
-            else:
-                log.exception("a step failed; its requests start over")
-            self._in_flight.clear()
-            self._awaits_masks = False
-            message = "The engine could not compute this request; try it again."
-            output = self._scheduler.fail(message, self._clock(), out_of_memory)
+            output = self._after(error)
         self._check_progress(output)
         if output is None and self._changed and not self._in_flight:
             output = EngineOutput((), self._scheduler.snapshot(self._clock()))
@@ -160,6 +176,18 @@ class Engine:
         self._idle_turns = self._idle_turns + 1 if stuck else 0
         if self._idle_turns > _MOST_IDLE_TURNS:
             raise RuntimeError(f"the scheduler has work but planned no step {_MOST_IDLE_TURNS} times in a row")
+
+    def _after(self, error: Exception) -> EngineOutput:
+        """A step failed: begin again without it."""
+        out_of_memory = isinstance(error, OutOfDeviceMemory)
+        if out_of_memory:
+            log.warning("the device is out of memory; the step's requests start over, in smaller steps")
+        else:
+            log.error("a step failed; its requests start over", exc_info=error)
+        self._in_flight.clear()
+        self._awaits_masks = False
+        culprit = error.uid if isinstance(error, RequestFault) else None
+        return self._scheduler.fail(self._clock(), culprit, out_of_memory=out_of_memory)
 
     def _admit_prepared(self) -> list[TokenEvent]:
         """Queue the requests whose grammars are there now; the last events of those that turned out not to be served."""
@@ -181,9 +209,9 @@ class Engine:
             except MiniVLLMError as error:
                 refused.append(TokenEvent(request_id, (), "error", error=f"No grammar can be followed: {error}"))
             except Exception:
-                log.exception("a grammar could not be prepared")
-                message = "The engine could not prepare the grammar of this request; its log says why."
-                refused.append(TokenEvent(request_id, (), "error", error=message))
+                log.exception("request %s could not be taken with its grammar", request_id)
+                self._scheduler.abort([request_id], self._clock())  # if it got half-way
+                refused.append(TokenEvent(request_id, (), "error", error=_NOT_TAKEN))
         return refused
 
     def _step(self) -> EngineOutput | None:

@@ -70,12 +70,16 @@ class Guide:
         """See ``scheduler.request.Guide``. Raises nothing: a fault in following one text is not the others'."""
         try:
             return "refused" if self.problem else self._take(token_id)
-        except BaseException as error:  # a panic of llguidance is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            log.exception("a text cannot be followed any further")
-            self.problem = _FAULT
+        except BaseException as error:
+            self._failed(error)
             return "refused"
+
+    def _failed(self, error: BaseException) -> None:
+        """Following this text failed; its next token ends it. Raises what is no fault."""
+        if not is_fault(error):
+            raise error
+        log.error("a text cannot be followed any further", exc_info=error)
+        self.problem = _FAULT
 
     def _take(self, token_id: int) -> Took:
         if self._opener:
@@ -124,7 +128,15 @@ class Guide:
 
     def known_mask(self, ahead: int, mask: npt.NDArray[np.int32]) -> LLMatcher | None:
         """Fill ``mask`` [words] for the token behind the next ``ahead`` certain ones; or the matcher that can (``complete`` has
-        the last word)."""
+        the last word). A fault in it is this text's alone."""
+        try:
+            return self._known_mask(ahead, mask)
+        except BaseException as error:
+            self._failed(error)
+            mask[:] = _ALL
+            return None
+
+    def _known_mask(self, ahead: int, mask: npt.NDArray[np.int32]) -> LLMatcher | None:
         if self.problem or len(self._awaited) > bool(self._opener):
             mask[:] = _ALL
         elif self._opened and self._opener:
@@ -139,10 +151,18 @@ class Guide:
 
     def complete(self, mask: npt.NDArray[np.int32]) -> None:
         """The matcher has filled its mask, or gave up over it: then the next token ends the request."""
-        if self._matcher.is_error():
-            self.problem = _TOO_COMPLEX
-        elif self._opener:
-            _allow(mask, self._opener[0])
+        try:
+            if self._matcher.is_error():
+                self.problem = _TOO_COMPLEX
+            elif self._opener:
+                _allow(mask, self._opener[0])
+        except BaseException as error:
+            self._failed(error)
+
+
+def is_fault(error: BaseException) -> bool:
+    """True for what may be caught: a panic of llguidance is no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _allow(mask: npt.NDArray[np.int32], token_id: int) -> None:
@@ -167,7 +187,15 @@ class Grammars:
 
     def prepare(self, grammar: Grammar, *, hurries: bool) -> "Future[Guide]":
         """A guide at the beginning of a text, soon. Its errors: ``InvalidRequest``, and what making a vocabulary raises."""
-        return self._maker.submit(self._guide, grammar, hurries)
+        return self._maker.submit(self._made_guide, grammar, hurries)
+
+    def _made_guide(self, grammar: Grammar, hurries: bool) -> Guide:
+        try:
+            return self._guide(grammar, hurries)
+        except BaseException as error:
+            if isinstance(error, Exception) or not is_fault(error):
+                raise
+            raise RuntimeError("a guide could not be made") from error
 
     def _guide(self, grammar: Grammar, hurries: bool) -> Guide:
         """Runs in the maker's only thread, which is the one that writes the cache."""
@@ -196,7 +224,10 @@ class Grammars:
                 guides.append((entry[0], place))
         if asked:
             self._executor = self._executor or LLExecutor(self._num_threads)
-            self._executor.unsafe_compute_mask_ptr(asked, masks.ctypes.data, wide * 4, len(masks))
+            try:
+                self._executor.unsafe_compute_mask_ptr(asked, masks.ctypes.data, wide * 4, len(masks))
+            except BaseException as error:
+                raise (RuntimeError("the masks of a step could not be computed") if is_fault(error) else error) from error
             for guide, place in guides:
                 guide.complete(masks[place])
         return masks if wide == self._words else np.ascontiguousarray(masks[:, : self._words])

@@ -4,6 +4,7 @@ It gets its options as the first message. Signals do not end it, the end of its 
 told in ``zygote.py``.
 """
 
+import logging
 import select
 import socket
 import time
@@ -19,6 +20,7 @@ from minivllm.engine.client import Steers, obey
 from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
+log = logging.getLogger("minivllm")
 BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
 
 
@@ -95,11 +97,22 @@ class EngineServer:
                     return 0
             if not engine.has_work:
                 more = more and engine.prepare_more()
-            elif (output := engine.step()) is not None:
-                self._send(output)
-            elif time.monotonic() - self._said_s > BEAT_S:
-                self._send(Beat())
+            elif (code := self._step(engine)) is not None:
+                return code
         return 0
+
+    def _step(self, engine: Steps) -> int | None:
+        """Go on by a step, and tell what came of it. An exit code: this process is good for nothing more."""
+        try:
+            output = engine.step()
+        except errors.DeviceLost as lost:
+            log.critical("%s This process ends with exit code %d.", lost, lost.exit_code)
+            return lost.exit_code
+        if output is not None:
+            self._send(output)
+        elif time.monotonic() - self._said_s > BEAT_S:
+            self._send(Beat())
+        return None
 
     def _first_message(self) -> Config | None:
         while self._open:

@@ -105,9 +105,7 @@ class Allocator:
         self.release(uid)
         del self._held[uid]
 
-    def admit(
-        self, uid: int, token_ids: Sequence[int], headroom: int = 0, *, reads_cache: bool = True
-    ) -> Admission | None:
+    def admit(self, uid: int, token_ids: Sequence[int], headroom: int = 0, *, reads_cache: bool = True) -> Admission | None:
         """Give blocks for all of ``token_ids``, sharing what is cached unless all is to be computed, or None when fewer than
         ``headroom`` blocks would be left. At least the last token is left to compute: its logits are wanted."""
         hits = self._find_prefix(uid, token_ids) if reads_cache else [[] for _ in self._pools]
@@ -144,10 +142,9 @@ class Allocator:
             return ()
         if missing > self.num_available:
             return None
-        added = tuple(tuple(p.take(missing)) for p in self._pools)
-        for ids, more in zip(held.blocks, added, strict=True):
-            ids.extend(more)
-        return added
+        for pool, ids in zip(self._pools, held.blocks, strict=True):
+            ids.extend(pool.take(missing))
+        return tuple(tuple(ids[-missing:]) for ids in held.blocks)
 
     def release(self, uid: int) -> None:
         """Let go of everything, tail first, so that of a cached prefix the far end is evicted before its beginning."""
@@ -181,6 +178,14 @@ class Allocator:
     def held_blocks(self, uid: int) -> list[tuple[int, int]]:
         """Every (group, block) that a sequence holds."""
         return [(g, b) for g, ids in enumerate(self._held[uid].blocks) for b in ids]
+
+    def leading(self, uid: int, num_blocks: int) -> list[tuple[int, int]]:
+        """The (group, block) of a sequence's first ``num_blocks`` blocks in each group."""
+        return [(g, b) for g, ids in enumerate(self._held[uid].blocks) for b in ids[:num_blocks]]
+
+    def unheld(self, blocks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those (group, block) that no sequence holds."""
+        return [(g, b) for g, b in blocks if self._pools[g].references(b) == 0]
 
     def leading_blocks(self, uid: int, num_blocks: int) -> tuple[int, ...]:
         """The first ``num_blocks`` blocks of a sequence in KV group 0, or all that it holds when these are fewer."""

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from minivllm.attention.base import AttnMeta, DeviceAttention
-from minivllm.errors import OutOfDeviceMemory
 from minivllm.kernels.reference import RowLogprobs
 from minivllm.kernels.triton.sampling import NUM_WISHES, Draw
 from minivllm.runner.batch import to_device
+from minivllm.runner.faults import faults_of
 from minivllm.runner.graphs import Graphs, Part, ladder
-from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_work, to_host, told
+from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_prompt, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
-from minivllm.runner.runner import Loaded, Masks, RowSampler, copy_blocks, guided_places, refuse_unbuilt
+from minivllm.runner.runner import Loaded, Masks, RowSampler, guided_places, refuse_unbuilt, take_differences
 from minivllm.runner.seating import Int32, Seater
 from minivllm.runner.stage import Stage
 from minivllm.types import StepPlan, StepResult, StepTimes, TokenLogprobs
@@ -90,6 +90,10 @@ class DevicePending:
         """Wait for the tokens; row i of the result is the plan's work i."""
         if not self.done:
             raise PlanError("sample() must be called before result()")
+        with self.runner.failing_whole():
+            return self._result()
+
+    def _result(self) -> StepResult:
         tokens: list[tuple[int, ...]] = [()] * len(self.plan.work)
         bad_rows: list[int] = []
         if self.tokens is not None and self.step is not None:
@@ -104,8 +108,9 @@ class DevicePending:
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if self.logprobs is not None and self.asking is not None and self.step is not None:
             logprobs = by_work(told(self.logprobs, self.asking), self.step.sampling.tolist(), len(self.plan.work))
-        of_prompts = () if self.of_prompts is None else self.of_prompts.by_work(len(self.plan.work))
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs, of_prompts)
+        of_prompts, bad_prompts = by_prompt(self.of_prompts, len(self.plan.work))
+        bad = tuple(bad_prompts.union(bad_rows)) if bad_rows or bad_prompts else ()
+        return StepResult(self.plan.step, tuple(tokens), times, bad, logprobs, of_prompts)
 
 
 class DeviceRunner:
@@ -132,20 +137,13 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> DevicePending:
-        """Apply the plan's differences and launch the body. Raises ``PlanError``, ``OutOfDeviceMemory``."""
+        """Apply the plan's differences and launch the body. Raises as ``AnyRunner`` says."""
         refuse_unbuilt(plan)
         with self.failing_whole():
             return self._launch(plan)
 
     def _launch(self, plan: StepPlan) -> DevicePending:
-        for row in plan.freed_rows:
-            self.rows.free(row)
-            self.sampler.free_row(row)
-        for new in plan.new_rows:
-            self.rows.take(new)
-            self.sampler.set_row(new)
-            self.logprob_rows.set_row(new)
-        copy_blocks(plan.copies, self.caches, self.ops, self.stage.device)
+        take_differences(self, plan, self.stage.device)
         if not plan.work:
             return DevicePending(self, plan, None, True)
         step = self.rows.begin(plan.work)
@@ -170,13 +168,10 @@ class DeviceRunner:
 
     @contextmanager
     def failing_whole(self) -> Iterator[None]:
-        """A step that fails leaves nothing behind for the next one. Raises ``OutOfDeviceMemory`` where that was the reason."""
+        """A step that fails leaves nothing behind for the next one. Raises what ``faults_of`` does."""
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self.runs.clear()
-            torch.cuda.empty_cache()
-            raise OutOfDeviceMemory(str(error)) from error
+            with faults_of(self.stage.device):
+                yield
         except BaseException:
             self.runs.clear()
             raise

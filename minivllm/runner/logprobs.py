@@ -7,6 +7,7 @@ Of a prompt, each hidden state tells the logprob of the token that follows it, w
 would be as large as nothing else in a step (2.5 GiB of 4,096 tokens over 150,000 words), so they are made a slice at a time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -112,6 +113,14 @@ class PromptLogprobs:
         for work, end, length in zip(self._works.tolist(), ends.tolist(), self._lengths.tolist(), strict=True):
             shares[work] = tuple(every[place] for place in range(end - length, end))
         return tuple(shares)
+
+
+def by_prompt(found: PromptLogprobs | None, num_work: int) -> tuple[tuple[tuple[TokenLogprobs, ...], ...], frozenset[int]]:
+    """What is told of the prompts of each of a plan's works, and the works in which it is not finite."""
+    if found is None:
+        return (), frozenset()
+    shares = found.by_work(num_work)
+    return shares, frozenset(i for i, share in enumerate(shares) if not all(math.isfinite(t.logprob) for t in share))
 
 
 def slice_rows(max_num_seqs: int) -> int:

@@ -4,7 +4,8 @@ A *row* is a sequence's place from admission to finish or preemption; the schedu
 this is the one copy of that state on the runner's side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from minivllm.errors import RequestFault
+from minivllm.runner.faults import is_out_of_memory
 from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, NewRow, RowWork
 
 Int64 = npt.NDArray[np.int64]
@@ -20,6 +23,19 @@ Int64 = npt.NDArray[np.int64]
 
 class PlanError(Exception):
     """A plan asks for something impossible or not built; it is refused whole, and never half obeyed."""
+
+
+@contextmanager
+def fault_of(uid: int) -> Iterator[None]:
+    """Around what is done for one request alone. Raises ``RequestFault`` for what fails there, but for want of memory."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RequestFault(uid) from error
 
 
 @dataclass(frozen=True)
@@ -102,10 +118,10 @@ class Rows:
         Checked as whole arrays: row by row this would cost more than the scheduler does.
         """
         for w in work:
-            if w.new_block_ids:
-                self._add_blocks(w.row, w.new_block_ids)
-            if w.forced_ids:
-                self._add_forced(w.row, w.forced_ids)
+            if w.new_block_ids or w.forced_ids:
+                with fault_of(w.uid):
+                    self._add_blocks(w.row, w.new_block_ids)
+                    self._add_forced(w.row, w.forced_ids)
         of_row = np.array([w.row for w in work], dtype=np.int64)
         lengths = np.array([w.num_tokens for w in work], dtype=np.int64)
         uids = np.array([w.uid for w in work], dtype=np.int64)
@@ -131,6 +147,8 @@ class Rows:
     def _add_forced(self, row: int, token_ids: tuple[int, ...]) -> None:
         """Tokens that follow the known ones, the one that a step in flight samples included."""
         known = int(self.known[row])
+        if not token_ids:
+            return
         if known + len(token_ids) > self.max_model_len:
             raise PlanError(f"row {row} is given tokens up to {known + len(token_ids)}, beyond the context")
         self._told.add_tokens(row, known, token_ids)

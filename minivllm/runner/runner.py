@@ -23,8 +23,9 @@ from minivllm.kernels.ops import Ops
 from minivllm.kernels.reference import RowLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.runner.batch import Sampled, build_batch, to_device
-from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_work, told
-from minivllm.runner.rows import Int64, PlanError, Rows, TokenTable
+from minivllm.runner.faults import faults_of
+from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_prompt, by_work, told
+from minivllm.runner.rows import Int64, PlanError, Rows, TokenTable, fault_of
 from minivllm.types import WANT_POOL, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
 
 Masks = npt.NDArray[np.int32]  # [grammar rows of a plan, words of 32 tokens]
@@ -35,11 +36,13 @@ class AnyRunner(Protocol):
 
     decoder: Decoder
     caches: tuple[KVLayer, ...]
+    ops: Ops
     rows: Rows
     sampler: "RowSampler"
+    logprob_rows: LogprobRows
 
     def launch(self, plan: StepPlan) -> "AnyPending":
-        """Apply the plan's differences and start its step. Raises ``PlanError``."""
+        """Apply the plan's differences, start its step. Raises ``PlanError``, ``RequestFault`` and what ``faults_of`` does."""
 
     def prepare_more(self) -> bool:
         """Nothing else is to be done: make later steps faster, a little at a time. False: there is nothing left to make."""
@@ -104,13 +107,15 @@ class Pending:
         """Run the head and choose tokens. ``masks`` are those of the plan's grammar rows, computed while the body ran."""
         guided = guided_places(self.plan, masks, None if self.sampled is None else self.sampled.rows)
         self.done = True
-        if self.hidden is None or self.sampled is None:
-            return
-        logits = self.runner.decoder.head(self.hidden)  # [num_sampled, vocab]
+        if self.hidden is not None and self.sampled is not None:
+            with faults_of(self.hidden.device):
+                self._sample(self.hidden, self.sampled, guided, masks)
+
+    def _sample(self, hidden: Tensor, chosen: Sampled, guided: Int64, masks: Masks | None) -> None:
+        logits = self.runner.decoder.head(hidden)  # [num_sampled, vocab]
         self.bad = ~self.runner.ops.choose(logits)[1]
         if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
             logits.masked_fill_(self.bad[:, None], 0.0)  # a sampler need not know what to do with NaN
-        chosen = self.sampled
         self.asking = self.runner.logprob_rows.asking(chosen.rows)
         where = None if self.asking is None else to_device(self.asking.places, logits.device)
         raw = None if where is None else logits[where]
@@ -126,6 +131,10 @@ class Pending:
         """Wait for the tokens; row i of the result is the plan's work i."""
         if not self.done:
             raise PlanError("sample() must be called before result()")
+        with faults_of(self.runner.table.tokens.device):
+            return self._result()
+
+    def _result(self) -> StepResult:
         tokens: list[tuple[int, ...]] = [()] * len(self.plan.work)
         bad_rows: list[int] = []
         if self.token_ids is not None and self.sampled is not None and self.bad is not None:
@@ -137,8 +146,9 @@ class Pending:
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if self.logprobs is not None and self.asking is not None and self.sampled is not None:
             logprobs = by_work(told(self.logprobs, self.asking), self.sampled.work, len(self.plan.work))
-        of_prompts = () if self.of_prompts is None else self.of_prompts.by_work(len(self.plan.work))
-        return StepResult(self.plan.step, tuple(tokens), times, tuple(bad_rows), logprobs, of_prompts)
+        of_prompts, bad_prompts = by_prompt(self.of_prompts, len(self.plan.work))
+        bad = tuple(bad_prompts.union(bad_rows)) if bad_rows or bad_prompts else ()
+        return StepResult(self.plan.step, tuple(tokens), times, bad, logprobs, of_prompts)
 
 
 class Runner:
@@ -152,16 +162,13 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
-        """Apply the plan's differences and run the body. Raises ``PlanError``."""
+        """Apply the plan's differences and run the body. Raises as ``AnyRunner`` says."""
         refuse_unbuilt(plan)
-        for row in plan.freed_rows:
-            self.rows.free(row)
-            self.sampler.free_row(row)
-        for new in plan.new_rows:
-            self.rows.take(new)
-            self.sampler.set_row(new)
-            self.logprob_rows.set_row(new)
-        copy_blocks(plan.copies, self.caches, self.ops, self.table.tokens.device)
+        with faults_of(self.table.tokens.device):
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> Pending:
+        take_differences(self, plan, self.table.tokens.device)
         if not plan.work:
             return Pending(self, plan, None, None)
         step = self.rows.begin(plan.work)
@@ -189,6 +196,24 @@ def guided_places(plan: StepPlan, masks: Masks | None, sampled: Int64 | None) ->
     return places
 
 
+def take_differences(runner: AnyRunner, plan: StepPlan, device: torch.device) -> None:
+    """What a plan says of rows and of whole blocks."""
+    if plan.zeroed:
+        blocks = to_device(np.array([block for _, block in plan.zeroed], dtype=np.int64), device)
+        for cache in runner.caches:
+            cache.k.index_fill_(0, blocks, 0)
+            cache.v.index_fill_(0, blocks, 0)
+    for row in plan.freed_rows:
+        runner.rows.free(row)
+        runner.sampler.free_row(row)
+    for new in plan.new_rows:
+        with fault_of(new.uid):
+            runner.rows.take(new)
+            runner.sampler.set_row(new)
+            runner.logprob_rows.set_row(new)
+    copy_blocks(plan.copies, runner.caches, runner.ops, device)
+
+
 def copy_blocks(copies: Sequence[CopyBlock], caches: Sequence[KVLayer], ops: Ops, device: torch.device) -> None:
     """Copy whole blocks in every layer, all sources read before any is overwritten."""
     if not copies:
@@ -210,5 +235,5 @@ def refuse_unbuilt(plan: StepPlan) -> None:
             raise PlanError("draft tokens are not built")
         if work.wants & WANT_POOL:
             raise PlanError("pooling is not built")
-    if any(copy.group for copy in plan.copies):
+    if any(copy.group for copy in plan.copies) or any(group for group, _ in plan.zeroed):
         raise PlanError("there is one KV group only")

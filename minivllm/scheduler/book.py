@@ -11,12 +11,13 @@ from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.policy import POLICIES, by_claim
 from minivllm.scheduler.request import NO_ROW, Request
 from minivllm.scheduler.sharing import Sharing
+from minivllm.scheduler.trials import Trials
 from minivllm.types import GenerateRequest
 
 # What a request that begins again keeps.
 _KEPT = (
-    "claim", "token_ids", "guide", "repetition", "cached", "failures", "prompt_told", "scheduled_s", "first_token_s",
-    "last_token_s",
+    "claim", "token_ids", "guide", "repetition", "cached", "evictions", "failures", "forgiven", "prompt_told", "scheduled_s",
+    "first_token_s", "last_token_s",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Book:
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.rows_to_free: list[int] = []  # not told to the runner yet
         self.sharing = Sharing(kv.block_size)
+        self.trials = Trials()
         self._next_uid = 0
 
     def is_live(self, request: Request) -> bool:
@@ -60,12 +62,12 @@ class Book:
         return request
 
     def enter(self, request: Request) -> None:
-        """Queue a request that was made."""
+        """Queue a request that was made. What can fail comes first: then nothing of it is left."""
+        self.kv.open(request.uid, request.spec.cache_salt, request.spec.lora or "")
+        self.waiting.add(request)
         self._next_uid = request.uid + 1
         self.live[request.uid] = request
         self.by_id[request.spec.id] = request
-        self.kv.open(request.uid, request.spec.cache_salt, request.spec.lora or "")
-        self.waiting.add(request)
 
     def run(self, requests: list[Request]) -> None:
         """Waiting requests that were given the last free rows, in order, are running now."""
@@ -84,7 +86,8 @@ class Book:
         self.waiting.add(request)
 
     def pause(self, request: Request) -> None:
-        """As ``preempt``, but it does not run again before ``resume``."""
+        """As ``preempt``, but it does not run again before ``resume``. It is no suspect meanwhile: trials would wait for it."""
+        self.trials.leave(request.uid)
         if request.running:
             self._stop_running(request)
         else:
@@ -103,19 +106,22 @@ class Book:
         elif self.paused.pop(request.uid, None) is None:
             self.waiting.remove(request)
         self.kv.close(request.uid)
+        self.trials.leave(request.uid)
         del self.live[request.uid], self.by_id[request.spec.id]
 
-    def restart(self, request: Request) -> None:
+    def restart(self, request: Request) -> Request:
         """Begin again with the tokens it has under a new uid, so that results still in flight are dropped."""
         paused = request.uid in self.paused
-        self.leave(request)
         fresh = self.make(request.spec)
+        self.trials.follow(request.uid, fresh.uid)
+        self.leave(request)
         for name in _KEPT:
             setattr(fresh, name, getattr(request, name))
         fresh.num_preemptions = request.num_preemptions + 1
         self.enter(fresh)
         if paused:
             self.pause(fresh)
+        return fresh
 
     def _stop_running(self, request: Request) -> None:
         self._give_up_row(request)
@@ -124,11 +130,19 @@ class Book:
         request.blocked_at = -1
 
     def _give_up_row(self, request: Request) -> None:
+        request.left_blocks = self.wrote(request) if request.in_flight else []
         del self.running[bisect_left(self.running, request.claim, key=by_claim)]
         self.rows_to_free.append(request.row)
         self.free_rows.append(request.row)
         self.sharing.leave(request.row)
         request.row = NO_ROW
+
+    def wrote(self, request: Request) -> list[tuple[int, int]]:
+        """The (group, block) that it has put K/V into itself, or has given up while a step in flight did."""
+        if not request.running:
+            return request.left_blocks
+        borrowed = set(self.kv.leading(request.uid, request.borrowed // self.kv.block_size))
+        return [at for at in self.kv.held_blocks(request.uid) if at not in borrowed]
 
     def problems(self) -> list[str]:
         """What is wrong: nothing, unless an invariant is broken. Raises RuntimeError when blocks are lost."""

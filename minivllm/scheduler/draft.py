@@ -50,6 +50,7 @@ class StepDraft:
     waits: list[tuple[str, str]] = field(default_factory=list)
     rest_waits: str = ""
     preempted: bool = False
+    at: Request | None = None  # whose turn it is in planning: an error is at its doorstep
 
     def add(
         self, request: Request, num_tokens: int, adds: int, new_blocks: BlockIds = (), forced: tuple[int, ...] = ()
@@ -71,7 +72,9 @@ class StepDraft:
         request.in_flight += 1
         request.planned_in = self.step
 
-    def finish(self, freed_rows: Sequence[int], shared: tuple[SharedPrefix, ...], now: float) -> Flight:
+    def finish(
+        self, freed_rows: Sequence[int], shared: tuple[SharedPrefix, ...], zeroed: Sequence[tuple[int, int]], now: float
+    ) -> Flight:
         """Freeze the step."""
         plan = StepPlan(
             self.step,
@@ -81,6 +84,7 @@ class StepDraft:
             tuple(self.copies),
             tuple(self.grammar_rows),
             shared,
+            tuple(zeroed),
         )
         return Flight(
             plan, tuple(self.entries), tuple(self.rows), tuple(self.published), tuple(self.waits), self.rest_waits, now

@@ -5,11 +5,13 @@
   (and stay findable), it queues again with the tokens it has, and goes on later with the same text.
 * Rows that are in the step being planned are never victims. So nothing that this step publishes or shares is ever taken back
   inside the same planning.
+* A request gives way ``MAX_EVICTIONS`` times. Then it waits until the blocks for its longest possible text are free, takes them
+  all at once and is no victim any more.
 * A waiting request that does not fit lets smaller ones behind it pass, ``MAX_OVERTAKEN`` of them; then the queue holds until
   it fits. Running requests end, so it does: neither side starves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from minivllm.kv.allocator import Admission, BlockIds
 from minivllm.scheduler.book import Book
@@ -53,6 +55,7 @@ class Planner:
         for r in list(self._book.running):
             if r.row == NO_ROW or r.scheduled < r.num_known_at_start or r.planned_in == step:
                 continue
+            draft.at = r
             left = r.token_limit - len(r.token_ids) - r.pending  # 0: steps in flight bring it to its end
             forced = r.forced(min(left - 1, spare)) if r.guide is not None else ()
             spare -= len(forced)
@@ -69,11 +72,12 @@ class Planner:
         """Blocks for ``num_tokens`` tokens of a running request, preempting others with less claim; None when it is itself
         the one to give way, or when all others are in this step already."""
         while (blocks := self._kv.grow(request.uid, num_tokens)) is None:
-            candidates = [r for r in self._book.running if r.planned_in != draft.step]
+            candidates = [r for r in self._book.running if r.planned_in != draft.step and not r.pinned]
             victim = self._book.waiting.victim(candidates)
             if victim is request and len(candidates) == 1 and draft.work:
                 return None  # the rows of this step end some day; wait for them with what is computed
             self._book.preempt(victim)
+            victim.evictions += 1
             self._ledger.num_preempted += 1
             draft.preempted = True
             if victim is request:
@@ -86,6 +90,7 @@ class Planner:
         for request in self._book.running:
             if draft.budget == 0:
                 break
+            draft.at = request
             if request.prefilling and request.planned_in != draft.step:
                 self._plan_chunk(request, draft)
         if draft.preempted:
@@ -110,9 +115,19 @@ class Planner:
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Let waiting requests run while rows, blocks and budget last."""
         admitted: list[Request] = []
+        on_trial = self._book.trials.group
+        draft.rest_waits = "trial: a step failed, and it is being found out by whose fault" if on_trial else ""
+        try:
+            self._admit_some(on_trial, admitted, draft)
+        finally:
+            self._book.run(admitted)
+
+    def _admit_some(self, on_trial: Collection[int], admitted: list[Request], draft: StepDraft) -> None:
         blocked: list[Request] = []
-        draft.rest_waits = ""
         for request in self._book.waiting.in_order():
+            if on_trial and request.uid not in on_trial:
+                continue
+            draft.at = request
             if draft.budget == 0:
                 draft.rest_waits = "budget: the step's tokens are taken"
                 break
@@ -122,10 +137,10 @@ class Planner:
             if len(self._book.running) + len(admitted) >= self._room.rows:
                 draft.rest_waits = "memory: the device ran out of it, so fewer requests run for a while"
                 break
-            if request.in_flight:
+            if request.due:
                 draft.waits.append((request.spec.id, "in flight: its last step's result is due"))
                 continue
-            admission = self._try_admit(request, headroom=len(self._book.running) + len(admitted))
+            admission = self._try_admit(request, len(self._book.running) + len(admitted))
             if admission is None:
                 draft.waits.append((request.spec.id, "blocks: the KV cache has too few free blocks"))
                 blocked.append(request)
@@ -138,14 +153,16 @@ class Planner:
                 continue
             for other in blocked:
                 other.overtaken += 1
+            request.row = self._book.free_rows[-1 - len(admitted)]
             admitted.append(request)
-            self._begin(request, self._book.free_rows[-len(admitted)], admission, draft)
-        self._book.run(admitted)
+            self._begin(request, admission, draft)
 
     def _try_admit(self, request: Request, headroom: int) -> Admission | None:
         """Blocks for all known tokens, or None. The headroom, a block for each running row, keeps a newcomer from being
-        preempted in the very next steps."""
+        preempted in the very next steps; of one that was preempted often enough, it is all that it may come to need."""
         available = self._kv.num_available
+        if request.pinned:
+            headroom = self._kv.blocks_for(request.token_limit) - self._kv.blocks_for(len(request.token_ids))
         if available <= request.blocked_at:
             return None  # nothing came free since it last did not fit
         parent = self._book.live.get(request.fork_of) if request.fork_of is not None else None
@@ -159,12 +176,14 @@ class Planner:
         request.blocked_at = -1 if admission else available
         return admission
 
-    def _begin(self, request: Request, row: int, admission: Admission, draft: StepDraft) -> None:
-        """Put an admitted request on a row and plan its first chunk."""
-        request.row = row
+    def _begin(self, request: Request, admission: Admission, draft: StepDraft) -> None:
+        """Begin an admitted request on its row, and plan its first chunk."""
         request.num_known_at_start = len(request.token_ids)
-        request.computed = request.scheduled = admission.computed
-        request.room = len(admission.block_ids[0]) * self._kv.block_size
+        request.computed = request.scheduled = request.borrowed = admission.computed
+        block_ids = admission.block_ids
+        if request.pinned and (more := self._kv.grow(request.uid, request.token_limit)):
+            block_ids = tuple(held + added for held, added in zip(block_ids, more, strict=True))
+        request.room = len(block_ids[0]) * self._kv.block_size
         self._ledger.lookup(len(request.token_ids), admission.computed)
         if request.cached is None:
             request.cached = min(admission.computed, request.num_prompt)
@@ -172,14 +191,14 @@ class Planner:
         draft.new_rows.append(
             NewRow(
                 uid=request.uid,
-                row=row,
+                row=request.row,
                 token_ids=tuple(request.token_ids),
                 num_prompt=request.num_prompt,
                 sampling=request.spec.sampling,
                 seed=request.seed,
                 sample_index=request.spec.sample_index,
                 lora_slot=0,
-                block_ids=admission.block_ids,
+                block_ids=block_ids,
                 computed=admission.computed,
             )
         )

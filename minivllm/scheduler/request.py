@@ -12,6 +12,7 @@ from minivllm.scheduler.repetition import Repetition
 from minivllm.types import GenerateRequest
 
 NO_ROW = -1
+MAX_EVICTIONS = 4  # times that a request gives way to others
 
 
 class RequestView(Protocol):
@@ -48,10 +49,10 @@ class Request:
     """State of one request. Written by the ``Scheduler`` alone; policies read it through ``RequestView``."""
 
     __slots__ = (
-        "arrival_s", "blocked_at", "cached", "claim", "computed", "failures", "first_token_s", "fork_of", "guide", "in_flight",
-        "last_token_s", "num_known_at_start", "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in",
-        "prompt_asked", "prompt_told", "repetition", "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids",
-        "token_ids", "token_limit", "uid",
+        "arrival_s", "before", "blocked_at", "borrowed", "cached", "claim", "computed", "evictions", "failures",
+        "first_token_s", "forgiven", "fork_of", "guide", "in_flight", "last_token_s", "left_blocks", "num_known_at_start",
+        "num_preemptions", "num_prompt", "overtaken", "pending", "planned_in", "prompt_asked", "prompt_told", "repetition",
+        "room", "row", "scheduled", "scheduled_s", "seed", "spec", "stop_ids", "token_ids", "token_limit", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: int, spec: GenerateRequest, eos_token_ids: Sequence[int], max_model_len: int) -> None:
@@ -77,6 +78,11 @@ class Request:
         # Of these, those that were told: in their order, the prompt's second token first.
         self.prompt_told = spec.prior_prompt_logprobs
         self.num_preemptions = 0
+        self.evictions = 0  # preemptions for want of blocks
+        self.before: Request | None = None  # what it was until it began again, with steps in flight that are due first
+        self.forgiven = False  # it began again once as a bad row
+        self.borrowed = 0  # tokens whose K/V others had computed when it last began to run
+        self.left_blocks: list[tuple[int, int]] = []  # (group, block) that it gave up while a step for it was in flight
         self.failures = 0  # failed steps in a row that it was part of
         self.overtaken = 0  # later requests admitted while it waited for blocks
         self.blocked_at = -1  # blocks that were available when it last did not fit
@@ -105,6 +111,16 @@ class Request:
     def reads_cache(self) -> bool:
         """False while logprobs of its prompt are due: they come of computing it."""
         return self.prompt_told == self.prompt_asked
+
+    @property
+    def due(self) -> bool:
+        """True while it must not run, since a step in flight still writes for it."""
+        return self.in_flight > 0 or (self.before is not None and self.before.in_flight > 0)
+
+    @property
+    def pinned(self) -> bool:
+        """True when it was preempted often enough: it runs again once all that it can ever need is free, and is no victim."""
+        return self.evictions >= MAX_EVICTIONS
 
     @property
     def running(self) -> bool:

@@ -35,6 +35,10 @@ class StepRoom:
             return False
         return True
 
+    def restore(self) -> None:
+        """Who asked for more memory than there is has ended: allow again what the options say."""
+        self.tokens, self.rows = self._most
+
     def step_was_good(self) -> None:
         """A step was computed; after many in a row, allow more."""
         if not self.reduced:

@@ -7,18 +7,22 @@ Be careful in this file and its neighbours: every promise about order, memory an
 later plans were made (overlap). A request has known tokens and computed ones: a plan moves ``scheduled`` ahead, a result moves
 ``computed`` after it. The scheduler sees no tensor, has no clock and does not know what a token means, except which ones end a
 request.
+
+What becomes of requests when something fails is in ``recovery.py``.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from minivllm.errors import ContextTooLong, InvalidRequest
+from minivllm.errors import ContextTooLong, InvalidRequest, RequestFault
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.book import Book, Limits
 from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.planner import Planner
+from minivllm.scheduler.recovery import Recovery
 from minivllm.scheduler.request import Guide, Request
 from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
@@ -33,7 +37,7 @@ from minivllm.types import (
     TokenLogprobs,
 )
 
-MAX_FAILURES = 2  # failed steps in a row after which a request is ended with an error
+log = logging.getLogger("minivllm")
 
 
 class _Ending(NamedTuple):
@@ -60,6 +64,7 @@ class Scheduler:
         self._book = Book(limits, kv)
         self._ledger = Ledger()
         self._room = StepRoom(limits.max_num_batched_tokens, limits.max_num_seqs)
+        self._recovery = Recovery(self._book, self._ledger, self._room)
         self._planner = Planner(self._book, self._ledger, self._room)
         self._flights: deque[Flight] = deque()
         self._step = 0
@@ -124,16 +129,23 @@ class Scheduler:
         return len(found)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Plan the next step, or None when nothing can be planned now."""
+        """Plan the next step, or None when nothing can be planned now. What it raises is to be told to ``fail``; a
+        ``RequestFault`` where it is known at whose request it failed."""
         draft = StepDraft(self._step, self._room.tokens)
-        self._planner.fill(draft)
+        try:
+            self._planner.fill(draft)
+        except Exception as error:
+            self._flights.append(draft.finish((), (), (), now))  # nobody is given it; ``fail`` takes back what it did
+            if draft.at is None:
+                raise
+            raise RequestFault(draft.at.uid) from error
         if not draft.work:
             return None
         for new in draft.new_rows:
             request = self._book.live[new.uid]
             request.scheduled_s = now if request.scheduled_s is None else request.scheduled_s
-        flight = draft.finish(self._book.rows_to_free, self._book.sharing.current(), now)
-        self._book.rows_to_free = []
+        flight = draft.finish(self._book.rows_to_free, self._book.sharing.current(), self._recovery.zeroed, now)
+        self._book.rows_to_free, self._recovery.zeroed = [], []
         self._flights.append(flight)
         self._step += 1
         return flight.plan
@@ -159,18 +171,31 @@ class Scheduler:
         result is not of the oldest plan in flight."""
         if not self._flights or self._flights[0].plan is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} is not the oldest in flight")
-        flight = self._flights.popleft()
+        flight = self._flights[0]
+        if len(result.tokens) != len(flight.entries):
+            raise ValueError(f"step {plan.step} has {len(flight.entries)} rows, but results for {len(result.tokens)}")
+        self._flights.popleft()
         self._room.step_was_good()
-        events: list[TokenEvent] = []
-        if result.bad_rows:
-            self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
-        live = self._book.live
+        bad = [flight.entries[i].request for i in result.bad_rows]
+        events = self._recovery.rows_failed(bad, now) if bad else []
+        live, failed = self._book.live, False
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
-                found = result.logprobs[i] if result.logprobs else None
-                of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
-                self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
-                entry.request.failures = 0  # only now: what cannot be applied fails again, and must not do so for ever
+                before = len(events)
+                try:
+                    found = result.logprobs[i] if result.logprobs else None
+                    of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
+                    self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
+                    self._recovery.went_well(entry.request)
+                except Exception:
+                    log.exception("request %s failed when it was to take its tokens", entry.request.spec.id)
+                    del events[before:]
+                    events.append(self._recovery.end(entry.request, now))
+                    failed = True
+            else:
+                entry.request.in_flight -= 1
+        if failed:
+            self.check()
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
     def _apply_entry(
@@ -240,49 +265,16 @@ class Scheduler:
         self._ledger.end(request, reason, now)
         self._book.leave(request)
 
-    def _restart(self, request: Request) -> None:
-        self._ledger.num_preempted += 1
-        self._book.restart(request)
+    def fail(self, now: float, culprit: int | None = None, *, out_of_memory: bool = False) -> EngineOutput:
+        """A step could not be planned or computed. Every plan in flight is void (later ones build on it); what they published
+        is taken back, and their requests start over with the tokens they have. The ``culprit``, a uid, ends with an error;
+        where it is not known, ``trials`` begin, and who fails alone ends.
 
-    def _fail_rows(self, bad: list[Entry], flight: Flight, now: float, events: list[TokenEvent]) -> None:
-        """Rows whose logits were not finite. Who wrote such K/V ends; who only shares a block that it wrote since (and so may
-        have read it in this very step) starts over; nothing that either of them wrote stays findable."""
-        written_by = {block: uid for f in (flight, *self._flights) for uid, block in f.published}
-        suspects = {e.request.uid for e in bad if self._book.is_live(e.request)}
-        poisoned: set[tuple[int, int]] = set()
-        for uid in sorted(suspects):
-            held = self._kv.held_blocks(uid)
-            if any(written_by.get(block, uid) in suspects - {uid} for block in held):
-                continue  # it read another suspect's block: it may be innocent
-            poisoned.update(block for block, writer in written_by.items() if writer == uid)
-            self._kv.unpublish(held)
-            request = self._book.live[uid]
-            message = "The model gave numbers that are not finite for this request; it was ended."
-            events.append(TokenEvent(request.spec.id, (), "error", error=message))
-            self._end(request, "error", now)
-        for uid in self._kv.holders(poisoned):
-            self._kv.unpublish(block for block, writer in written_by.items() if writer == uid)
-            self._restart(self._book.live[uid])
-
-    def fail(self, message: str, now: float, out_of_memory: bool = False) -> EngineOutput:
-        """A step could not be computed. Every plan in flight is void (later ones build on it); what they published is taken
-        back; their requests start over with the tokens they have, and end with an error at the second time.
-
-        When the device was ``out_of_memory``, later steps are smaller; as long as they can be, that is no request's failure."""
-        events: list[TokenEvent] = []
-        forgiven = out_of_memory and self._room.shrink()
+        When the device was ``out_of_memory``, later steps are smaller; as long as they can be, that is no request's failure.
+        Raises RuntimeError where a failure has to do with no request, or has left things broken: nobody can go on then."""
         flights, self._flights = tuple(self._flights), deque()
-        for flight in flights:
-            self._kv.unpublish(block for _, block in flight.published)
-        for request in {e.request.uid: e.request for f in flights for e in f.entries}.values():
-            if not self._book.is_live(request):
-                continue
-            request.failures += not forgiven
-            if request.failures < MAX_FAILURES:
-                self._restart(request)
-            else:
-                events.append(TokenEvent(request.spec.id, (), "error", error=message))
-                self._end(request, "error", now)
+        events = self._recovery.step_failed(flights, now, culprit, out_of_memory=out_of_memory)
+        self.check()
         return EngineOutput(tuple(events), self._record(None, StepTimes(now, now), now))
 
     def snapshot(self, now: float) -> StepRecord:

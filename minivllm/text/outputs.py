@@ -5,6 +5,7 @@ character is decoded, which may be some steps after the engine sampled it: token
 later events of that id are dropped, and the engine is asked to abort the rest. Runs where the text is, never beside the model.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from minivllm.text.detokenizer import Detokenizer
 from minivllm.text.stop import StopMatcher
 from minivllm.text.tokenizer import Tokenizer
 from minivllm.types import RequestOutput, SamplingParams, TokenEvent
+
+_FAULT = "The server failed to write the text of this answer; its log says why."
+
+log = logging.getLogger("minivllm")
 
 
 @dataclass(slots=True)
@@ -81,7 +86,13 @@ class OutputProcessor:
             state = self._open.get(event.id)
             if state is None:
                 continue
-            output = _advance(state, event)
+            try:
+                output = _advance(state, event)
+            except Exception:
+                log.exception("request %s failed when its tokens were to become text", event.id)
+                output = RequestOutput(
+                    id=event.id, text="", token_ids=(), finish_reason="error", error=_FAULT, num_prompt=state.num_prompt
+                )
             outputs.append(output)
             if output.finish_reason is not None:
                 del self._open[event.id]

@@ -6,6 +6,7 @@ fingerprint alone. So any block that is shared wrongly, reused too early, publis
 wrong place raises at once or changes the text.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -59,6 +60,8 @@ class _Pending:
     """A step whose result is asked for later; it was computed when launched, as a device's queue would."""
 
     outcome: StepResult | Exception
+    spoiled: frozenset[int] = frozenset()  # blocks in which numbers stand that are not finite
+    told: set[int] = field(default_factory=set)  # where to note these, once somebody has been told
 
     def sample(self, masks: None = None) -> None:
         """Nothing is left to do."""
@@ -67,6 +70,7 @@ class _Pending:
         """The result, or the failure."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
+        self.told |= self.spoiled
         return self.outcome
 
 
@@ -82,15 +86,21 @@ class TokenRunner:
     fail_steps: set[int] = field(default_factory=set)
     memory_tokens: int | None = None  # a step of more tokens runs out of memory
     memory_rows: int | None = None  # so does one of more rows
+    breaks: Callable[[StepPlan], None] = lambda plan: None  # raises where the device is to fail at a plan
     bad_uids: set[int] = field(default_factory=set)
     bad_now: set[int] = field(default_factory=set)
     rows: dict[int, _Row] = field(default_factory=dict)
     slots: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    spoiled: set[int] = field(default_factory=set)  # blocks of which it was told that they hold what is not finite
     steps: int = 0
     num_shared: int = 0  # entries of plans that said which rows begin with the same blocks
 
     def launch(self, plan: StepPlan) -> _Pending:
         """Compute a step in stream order."""
+        for _, block in plan.zeroed:
+            self.spoiled.discard(block)
+            for offset in range(self.block_size):
+                self.slots.pop((block, offset), None)
         for row in plan.freed_rows:
             self.rows.pop(row, None)
         for new in plan.new_rows:
@@ -101,6 +111,7 @@ class TokenRunner:
                     self.slots[copy.dst, offset] = self.slots[copy.src, offset]
         self._check_shared(plan)
         self.steps += 1
+        self.breaks(plan)
         if plan.num_tokens > (self.memory_tokens or plan.num_tokens) or len(plan.work) > (self.memory_rows or len(plan.work)):
             raise OutOfDeviceMemory("more than the device has")
         if plan.step in self.fail_steps:
@@ -111,6 +122,8 @@ class TokenRunner:
                 for position in range(row.computed, min(row.computed + work.num_tokens, len(row.blocks) * self.block_size)):
                     self.slots[self._slot(row, position)] = b"garbage"
             return _Pending(RuntimeError("the device broke this step"))
+        for work in plan.work:
+            self.rows[work.row].tokens += work.forced_ids
         # All rows write before any row reads, as in every layer of a real step.
         try:
             whole = [not self.rows[work.row].broken for work in plan.work]
@@ -121,7 +134,17 @@ class TokenRunner:
             raise Corruption("the plan does not fit the rows") from error
         bad = [i for i, work in enumerate(plan.work) if work.uid in self.bad_now]
         told = tuple([self._tell(work, span) for work, span in zip(plan.work, spans, strict=True)])
-        return _Pending(StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad), (), told if any(told) else ()))
+        spoiled = frozenset(b for i in bad for b in self.rows[plan.work[i].row].blocks if self._is_spoiled(b))
+        result = StepResult(plan.step, tuple(tokens), StepTimes(0.0, 0.0), tuple(bad), (), told if any(told) else ())
+        return _Pending(result, spoiled, self.spoiled)
+
+    def _is_spoiled(self, block: int) -> bool:
+        return any(self.slots.get((block, offset)) == b"not finite" for offset in range(self.block_size))
+
+    def _give(self, blocks: Iterable[int]) -> None:
+        """A row gets blocks: what is known to be in them must be harmless, also where nobody has written yet."""
+        if any(block in self.spoiled and self._is_spoiled(block) for block in blocks):
+            raise Corruption("a block is given again with numbers in it that are not finite")
 
     def prepare_more(self) -> bool:
         """There is nothing to prepare."""
@@ -143,6 +166,7 @@ class TokenRunner:
         (blocks,) = new.block_ids
         if not all(0 < b < self.num_blocks for b in blocks):
             raise Corruption("a block id outside the pool")
+        self._give(blocks)
         self.rows[new.row] = _Row(new.uid, new.seed, list(new.token_ids), list(blocks), new.computed, new.num_prompt)
 
     def _check_shared(self, plan: StepPlan) -> None:
@@ -171,6 +195,7 @@ class TokenRunner:
         row = self.rows[work.row]
         if row.uid != work.uid:
             raise Corruption("work for a row that holds another request")
+        self._give(b for group in work.new_block_ids for b in group)
         row.blocks += [b for group in work.new_block_ids for b in group]
         start, end = row.computed, row.computed + work.num_tokens
         marks = [b""]
