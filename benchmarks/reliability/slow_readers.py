@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.cpu.machine import CpuClock
 from benchmarks.reliability.raw_client import Reply, ask, ask_and_not_read, texts_of
 from benchmarks.reliability.watched import Server, percentile, serve, verdict
 from minivllm.server.http import SEND_BUFFER_BYTES
 
 MOST_BYTES, MOST_ITL = 128 * 2**10, 1.10
 PATH = "/v1/completions"
+STORIES = 20  # different ones
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sizes:
 def options(sizes: Sizes) -> list[str]:
     """Of the server: room for everybody, texts that depend on nothing but their request."""
     return [
-        "--slow-reader-pause", "2", "--write-timeout-s", "3600",
+        "--num-threads", "1", "--slow-reader-pause", "2", "--write-timeout-s", "3600",
         "--max-num-seqs", str(sizes.stalled + sizes.readers), "--max-num-batched-tokens", "2048", "--batch-invariant",
     ]  # fmt: skip
 
@@ -48,7 +50,7 @@ def options(sizes: Sizes) -> list[str]:
 def long_request(number: int) -> dict[str, Any]:
     """A stream that is far longer than all buffers: some hundred bytes a token."""
     return {
-        "prompt": f"Story number {number % 20}. Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0,
+        "prompt": f"Story number {number % STORIES}. Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0,
         "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }  # fmt: skip
 
@@ -108,9 +110,11 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
     """The table, and what is broken."""
     broken: list[str] = []
     with serve(*options(sizes)) as server:
-        texts = asyncio.run(whole_texts(server, range(20)))
+        texts = asyncio.run(whole_texts(server, range(min(STORIES, sizes.stalled))))
         asyncio.run(read_normally(server, sizes))  # warms up
+        clock = CpuClock.now()
         alone = asyncio.run(read_normally(server, sizes))
+        others = [clock.others_share(CpuClock.now())]
         server.wait_idle()
         before = server.memory_bytes()
         socks = [ask_and_not_read(server.port, PATH, long_request(i)) for i in range(sizes.stalled)]
@@ -119,17 +123,24 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
         stalled_s = time.monotonic() - began
         if stalled["kv_cache_usage"]:
             broken.append(f"paused streams hold {stalled['kv_cache_usage']:.0%} of the KV cache")
+        clock = CpuClock.now()
         beside = asyncio.run(read_normally(server, sizes))
+        others.append(clock.others_share(CpuClock.now()))
         memory = server.memory_bytes()
         while time.monotonic() < began + sizes.hold_s:
             time.sleep(min(5.0, sizes.hold_s))
             memory = max(memory, server.memory_bytes())
+        clock = CpuClock.now()
         beside += asyncio.run(read_normally(server, sizes))
+        others.append(clock.others_share(CpuClock.now()))
         if server.metrics()["paused_requests"] != sizes.stalled:
             broken.append("a paused stream went on before it was read")
         bodies = read_after_all(socks)
         server.wait_idle()
-        same = [texts_of(body) == texts[i % 20] and body.endswith(b"data: [DONE]\n\n") for i, body in enumerate(bodies)]
+        clock = CpuClock.now()
+        alone += asyncio.run(read_normally(server, sizes))
+        others.append(clock.others_share(CpuClock.now()))
+        same = [texts_of(body) == texts[i % STORIES] and body.endswith(b"data: [DONE]\n\n") for i, body in enumerate(bodies)]
         for sock in socks:
             sock.close()
     each = (memory - before) / sizes.stalled
@@ -145,6 +156,7 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
         ("whole texts when they were read", f"{same.count(True)} of {len(same)}"),
         ("others' ITL alone, ms: p50, mean, p99", itl(alone)),
         ("others' ITL beside them", itl(beside)),
+        ("cores that other programs took: alone, beside, beside, alone", ", ".join(f"{share:.0%}" for share in others)),
         ("ratio of p50 and of mean", f"{ratio[0]:.3f}, {ratio[1]:.3f}"),
     ]
     if ratio[1] > MOST_ITL:
