@@ -19,7 +19,7 @@ from benchmarks.reliability.raw_client import ask
 from benchmarks.reliability.watched import Server, percentile, serve, verdict
 
 MOST_STEPS = 2
-OPTIONS = ("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "1200")
+OPTIONS = ("--num-threads", "1", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "1200")
 LONG = "Once upon a time there was a little fox who had a red ball and played with it in the garden. " * 24
 
 

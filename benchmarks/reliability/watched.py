@@ -237,8 +237,8 @@ def own_memory_bytes(pid: int) -> int:
 
 
 @contextmanager
-def serve(*options: str) -> Iterator[Server]:
-    """A watched server while the block runs; afterwards it must end with 0."""
+def serve(*options: str, ends_with: int = 0) -> Iterator[Server]:
+    """A watched server while the block runs; afterwards it must end as it should."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "benchmarks.reliability.watched", "--log", str(log), "--port", "0", *options]
@@ -246,8 +246,9 @@ def serve(*options: str) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
         try:
             yield Server(process, log)
-            process.send_signal(signal.SIGTERM)
-            if code := process.wait(60):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            if (code := process.wait(60)) != ends_with:
                 raise RuntimeError(f"the server ended with {code}")
         finally:
             process.kill()

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ async def _serve(config: Config) -> int:
 
         return await serve(create_app(llm, config, defaults), config, llm, announce)
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # it ends already: one more must not change the exit code
+            signal.signal(number, signal.SIG_IGN)
         await llm.close()
 
 

@@ -10,6 +10,8 @@ It leans on names inside uvicorn, checked when this module is imported.
 """
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,12 +21,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from minivllm.config import ServerConfig
 from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow, TooManyConnections
+from minivllm.server.drain import ClientGone
 from minivllm.server.replies import error_body, retry_after
 from minivllm.server.sse import SEND_CHUNK, Outwait, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
 HIGH_WATER_BYTES: Final = 16 * 2**10  # of a reply that the kernel does not take: then its stream waits
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
 _NEEDED: Final = (
@@ -37,12 +41,18 @@ if missing := [name for name in _NEEDED if not callable(getattr(HttpToolsProtoco
 
 def chunk_sender(cycle: RequestResponseCycle) -> SendChunk:
     """What writes a part of a chunked reply that has begun: uvicorn's ``send`` without the cases that cannot occur then, and
-    without the application's layers, which look at a reply's beginning alone. Waits while the client does not read."""
+    without the application's layers, which look at a reply's beginning alone. Waits while the client does not read. Raises
+    ``ClientGone`` when it left meanwhile."""
     flow, write = cycle.flow, cycle.transport.write
+
+    async def writable() -> None:
+        await flow.drain()
+        if cycle.disconnected:
+            raise ClientGone
 
     async def send_chunk(part: bytes, outwait: Outwait) -> None:
         if flow.write_paused and not cycle.disconnected:
-            await outwait(flow.drain)
+            await outwait(writable)
         if not cycle.disconnected:
             write(b"%x\r\n%b\r\n" % (len(part), part))
 
@@ -182,7 +192,14 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The socket's buffer is full: the reply waits, but not for ever."""
         super().pause_writing()
-        self._write_deadline = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
+        self._write_deadline = self.loop.call_later(self._limits.write_timeout_s, self._unread)
+
+    def _unread(self) -> None:
+        """Close with a reset: what the kernel holds for a client that does not read would stay there for minutes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         """The client reads again."""

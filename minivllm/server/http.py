@@ -152,18 +152,18 @@ async def serve(
     await server.listen()
     pump = asyncio.create_task(llm.run())
     llm.helpers.begin()
-    try:
-        with _signals(server):
+    with _signals(server):
+        try:
             if on_ready is not None:
                 on_ready(server)
             await _until_stopped(server, llm, pump)
             alive = llm.alive and not pump.done()
             await (_drained(server, pump) if alive else _buried(server, pump))
             return STOPPED if llm.alive and not pump.done() else ENGINE_DIED
-    finally:
-        await server.close()
-        pump.cancel()
-        await asyncio.wait({pump})
+        finally:
+            await server.close()
+            pump.cancel()
+            await asyncio.wait({pump})
 
 
 async def _until_stopped(server: Server, llm: "AsyncLLM", pump: "asyncio.Task[None]") -> None:

@@ -30,9 +30,9 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., Live]]:
     """Start servers with these options; all are stopped at the end."""
     started: list[Live] = []
 
-    def start_one(delay_s: float = 0.0, **options: Any) -> Live:
+    def start_one(delay_s: float = 0.0, context: int = 512, **options: Any) -> Live:
         config = make_config(port=0, served_model_name=("fox", "bear"), **options)
-        started.append(Live(tokenizer, config, delay_s).start())
+        started.append(Live(tokenizer, config, delay_s, context).start())
         return started[-1]
 
     yield start_one

@@ -108,7 +108,7 @@ def test_the_drain_lets_work_finish_and_refuses_new_work(start: Callable[..., Li
     kept = httpx.Client(base_url=live.url, verify=False)
     assert kept.get("/version").status_code == 200  # a connection from before
     texts: list[str] = []
-    body = {"prompt": "x", "max_tokens": 40, "stream": True}
+    body = {"prompt": "x", "max_tokens": 200, "stream": True}
     thread = threading.Thread(
         target=lambda: texts.append(httpx.post(f"{live.url}/v1/completions", json=body, timeout=20).text)
     )
