@@ -119,7 +119,7 @@ class ProcessClient:
 
     async def start(self, config: Config) -> None:
         """Send the options and wait until the engine is ready. Raises the ``StartupError`` that it met."""
-        self._send(Start(config))
+        self._send(Start(config.without_keys))
         try:
             message = await self._next()
         except errors.EngineDead as dead:

@@ -15,6 +15,7 @@ from minivllm.child import FrameReader, be_child, encode, start_child
 from minivllm.config import Config
 from minivllm.engine.client import ProcessClient
 from minivllm.engine.ipc import Abort, Add, Failed, Start, Stop, ToEngine
+from minivllm.logs import set_up_logging
 from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
@@ -77,7 +78,7 @@ class EngineServer:
         config = self._first_message()
         if config is None:
             return 0
-        _set_up_logging(config)
+        set_up_logging(config.server.log_level, config.server.log_format, "engine")
         try:
             engine = self._build(config)
         except errors.StartupError as error:
@@ -125,12 +126,6 @@ class EngineServer:
             self._sock.sendall(encode(message))
         except (BrokenPipeError, ConnectionResetError):
             self._open = False
-
-
-def _set_up_logging(config: Config) -> None:
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
 
 
 def serve_steps(descriptor: int, build: Callable[[Config], Steps]) -> int:

@@ -13,6 +13,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
 from minivllm.errors import PortInUse
+from minivllm.server.application import create_metrics_app
 from minivllm.server.connection import Connection
 from minivllm.server.drain import Drain
 from minivllm.server.serving import Serving
@@ -37,10 +39,15 @@ logger = logging.getLogger("minivllm.server")
 
 
 class Server:
-    """A listening socket and its connections. Written by ``serve``; others may read ``url`` and call ``stop``."""
+    """A listening socket and its connections, and a second one for the metrics if they have a port of their own. Written by
+    ``serve``; others may read ``url`` and call ``stop``."""
 
     def __init__(self, app: FastAPI, limits: ServerConfig) -> None:
         self.limits = limits
+        self.metrics: Server | None = None
+        if limits.metrics_port is not None:
+            place = replace(limits, host=limits.metrics_host, port=limits.metrics_port, metrics_port=None)
+            self.metrics = Server(create_metrics_app(app.state.serving), place)
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()  # a second wish to stop: now
         self.drain: Drain = _drain_of(app)
@@ -70,6 +77,8 @@ class Server:
                 getattr(error, "errno", None) or 0, "the address is not one of this machine's"
             )
             raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
+        if self.metrics is not None:
+            await self.metrics.listen()
 
     def _connect(self) -> Connection:
         return Connection(self.limits, config=self._uvicorn, server_state=self._state, app_state={})
@@ -95,9 +104,13 @@ class Server:
     def tick(self) -> None:
         """Bring the Date header of replies up to date."""
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+        if self.metrics is not None:
+            self.metrics.tick()
 
     async def close(self) -> None:
         """Stop listening and end every connection, those that still send first getting a moment to do so."""
+        if self.metrics is not None:
+            await self.metrics.close()
         if self._listener is not None:
             self._listener.close()
         for connection in list(self._state.connections):
