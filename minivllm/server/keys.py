@@ -21,7 +21,7 @@ from minivllm.config import ServerConfig
 from minivllm.errors import InvalidOption
 
 TENANT: Final = "tenant"  # key in scope["state"]: who asks; "" where there are no keys
-_KEY: Final = re.compile(r"[!-~]{1,512}")  # what an HTTP header can carry without a space
+_KEY: Final = re.compile(r"[!-+\--~]{1,512}")  # what an HTTP header can carry, without a space or a comma
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("minivllm.server")
 

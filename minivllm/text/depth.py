@@ -7,7 +7,7 @@ in the text runs in C.
 
 from typing import Final
 
-from minivllm.errors import MalformedBody
+from minivllm.errors import InvalidRequest
 
 MAX_DEPTH: Final = 100  # an object in a schema takes two levels; templates and grammars walk this deep without trouble
 _TO_ROUND: Final = bytes.maketrans(b"[]{}", b"()()")
@@ -16,7 +16,7 @@ _OPENS: Final = ord("(")
 
 
 def check_depth(text: bytes, param: str = "body") -> None:
-    """Raise ``MalformedBody`` for JSON whose lists and objects stand more than ``MAX_DEPTH`` deep in one another."""
+    """Raise ``InvalidRequest`` for JSON whose lists and objects stand more than ``MAX_DEPTH`` deep in one another."""
     if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
         return
     plain = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(_TO_ROUND, _NOT_KEPT)
@@ -24,4 +24,4 @@ def check_depth(text: bytes, param: str = "body") -> None:
     for bracket in b"".join(plain.split(b'"')[::2]):  # those that stand outside strings
         depth += 1 if bracket == _OPENS else -1
         if depth > MAX_DEPTH:
-            raise MalformedBody(f"The JSON is nested more than {MAX_DEPTH} deep; send a flatter object.", param)
+            raise InvalidRequest(f"The JSON is nested more than {MAX_DEPTH} deep; send a flatter object.", param)
