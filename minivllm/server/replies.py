@@ -20,7 +20,7 @@ MAX_MESSAGE_CHARS = 600  # an error body stays under 4 KiB even if every charact
 MAX_PARAM_CHARS = 64
 # What no message says, whoever wrote it (a template's exception, a library): where things are in memory and on disk.
 _INSIDE = re.compile(
-    r" at 0x[0-9A-Fa-f]+|Traceback \(most recent call last\).*|(/[\w.\-]+)+\.(py|so|rs|jinja)\b[:\d]*", re.DOTALL
+    r" at 0x[0-9A-Fa-f]*|Traceback \(.*|(/[\w.\-]+)+\.(py|so|rs|jinja)\b[:\d]*", re.DOTALL
 )
 encode = msgspec.json.Encoder().encode
 
