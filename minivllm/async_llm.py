@@ -24,12 +24,12 @@ from minivllm.beams import BeamSearch, BeamSearchParams
 from minivllm.config import Config
 from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
-from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, ServerOverloaded
+from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, RequestError, ServerOverloaded
 from minivllm.observe.metrics import Metrics
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineInfo, GenerateRequest, RequestOutput, SamplingParams
+from minivllm.types import REFUSED, EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
 SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
 LARGEST_SHARE = 0.5  # of the one core that the event loop has
@@ -104,7 +104,7 @@ class Mailbox:
         self._ids = ids
         self._running = {request_id: index for index, request_id in enumerate(ids)}
         self._ready: dict[int, list[RequestOutput]] = {}
-        self._error: GenerationFailed | None = None
+        self._error: RequestError | None = None
         self._patient = False  # the caller wants everything or nothing
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
@@ -130,7 +130,8 @@ class Mailbox:
         else:
             index = self._running.pop(output.id)
             if reason == "error":
-                self._error = GenerationFailed(output.error or "The engine could not compute this request; try it again.")
+                kind = InvalidRequest if output.stop_reason == REFUSED else GenerationFailed
+                self._error = kind(output.error or "The engine could not compute this request; try it again.")
                 return True
         unread = self._ready.get(index)
         if unread is None:

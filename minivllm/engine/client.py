@@ -11,7 +11,7 @@ from minivllm.child import READ_BYTES, FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.engine import Engine
 from minivllm.engine.ipc import Abort, Add, Failed, FromEngine, Start, Stop, ToEngine
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 _STOP_TIMEOUT_S = 5.0
 
@@ -85,7 +85,7 @@ class LocalClient:
             try:
                 self._engine.add(item)
             except errors.RequestError as error:
-                refused.append(TokenEvent(item.id, (), "error", error=error.message))
+                refused.append(TokenEvent(item.id, (), "error", REFUSED, error=error.message))
         return EngineOutput(tuple(refused)) if refused else self._engine.step()
 
     async def close(self) -> None:

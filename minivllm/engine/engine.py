@@ -21,7 +21,7 @@ import numpy.typing as npt
 from minivllm.engine.grammars import Grammars, Guide
 from minivllm.errors import InvalidRequest, MiniVLLMError, OutOfDeviceMemory, RequestError
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
 
 _PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made
 
@@ -139,7 +139,7 @@ class Engine:
             try:
                 self._scheduler.add(request, _follow(request, future.result()))
             except RequestError as error:
-                refused.append(TokenEvent(request_id, (), "error", error=error.message))
+                refused.append(TokenEvent(request_id, (), "error", REFUSED, error=error.message))
             except MiniVLLMError as error:
                 refused.append(TokenEvent(request_id, (), "error", error=f"No grammar can be followed: {error}"))
             except Exception:

@@ -16,7 +16,7 @@ from minivllm.config import Config
 from minivllm.engine.client import ProcessClient
 from minivllm.engine.ipc import Abort, Add, Failed, Start, Stop, ToEngine
 from minivllm.logs import set_up_logging
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 PROGRAM: Final = ("-m", "minivllm.engine.process")  # what Python runs in the child; the socket's number is appended
@@ -92,7 +92,7 @@ class EngineServer:
                     try:
                         engine.add(message.request)
                     except errors.RequestError as error:
-                        event = TokenEvent(message.request.id, (), "error", error=error.message)
+                        event = TokenEvent(message.request.id, (), "error", REFUSED, error=error.message)
                         self._send(EngineOutput((event,)))
                 elif isinstance(message, Abort):
                     engine.abort(message.ids)
