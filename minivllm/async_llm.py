@@ -30,7 +30,7 @@ from minivllm.observe.metrics import Metrics
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, RequestOutput, SamplingParams
+from minivllm.types import REFUSED, EngineHealth, EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
 SHARE_OF_CORES = 0.05  # of the time of all cores that the model runs on: what deliveries may take before there are fewer
 LARGEST_SHARE = 0.5  # of the one core that the event loop has
@@ -137,7 +137,8 @@ class Mailbox:
         else:
             index = self._running.pop(output.id)
             if reason == "error":
-                self._error = GenerationFailed(output.error or "The engine could not compute this request; try it again.")
+                kind = InvalidRequest if output.stop_reason == REFUSED else GenerationFailed
+                self._error = kind(output.error or "The engine could not compute this request; try it again.")
                 return True
         unread = self._ready.get(index)
         if unread is None:

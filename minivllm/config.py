@@ -29,6 +29,7 @@ class Opt:
     high: float | None = None
     common: bool = True
     flags: tuple[str, ...] = ()  # further names on the command line
+    repeat: bool = False  # of a tuple: the option is given once for each item, so that it takes no word after its own
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,16 @@ class ServerConfig:
 
     host: Annotated[str, Opt("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Opt("Port to listen on; 0: any free one.", low=0, high=65535)] = 8000
+    api_key: Annotated[
+        tuple[str, ...],
+        Opt("Key that clients must send as a bearer token; several: with commas, or the option again. Other users of the "
+            "machine can read a command line: MINIVLLM_API_KEY or a file is better.", repeat=True),
+    ] = field(default=(), repr=False)
+    api_key_file: Annotated[str | None, Opt("File of keys, a tenant's name and a key on each line.")] = None
+    metrics_port: Annotated[
+        int | None, Opt("Serve /metrics on this port alone, without keys; none: on --port, like any route.", low=0, high=65535)
+    ] = None
+    metrics_host: Annotated[str, Opt("Address that --metrics-port is on.", common=False)] = "127.0.0.1"
     max_body_bytes: Annotated[int, Opt("Longest request body.", low=1024, common=False)] = 8 * 2**20
     max_header_bytes: Annotated[int, Opt("Longest request line plus headers.", low=1024, common=False)] = 64 * 2**10
     header_timeout_s: Annotated[float, Opt("Time for a client to send its headers.", low=0.1, common=False)] = 10.0
@@ -188,6 +199,9 @@ class ServerConfig:
     ] = False
     metrics_prefix: Annotated[str, Opt("Prefix of the Prometheus names.", common=False)] = "vllm:"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Opt("How much is logged.")] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Opt("How a record is written, which is one line in any case.", common=False)
+    ] = "text"
     access_log: Annotated[bool, Opt("Log one line per HTTP request.", common=False)] = False
 
 
@@ -200,6 +214,11 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def without_keys(self) -> "Config":
+        """The same for processes that have no use for the clients' keys."""
+        return dataclasses.replace(self, server=dataclasses.replace(self.server, api_key=(), api_key_file=None))
 
     @property
     def served_names(self) -> tuple[str, ...]:

@@ -19,7 +19,16 @@ from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineInfo, FinishReason, GenerateRequest, Grammar, RequestOutput, SamplingParams, TokenLogprobs
+from minivllm.types import (
+    REFUSED,
+    EngineInfo,
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -176,7 +185,8 @@ class LLM:
 
 def _extend(completion: Completion, output: RequestOutput) -> None:
     if output.finish_reason == "error":
-        raise GenerationFailed(output.error or "The engine could not compute this request; try it again.")
+        kind = InvalidRequest if output.stop_reason == REFUSED else GenerationFailed
+        raise kind(output.error or "The engine could not compute this request; try it again.")
     completion.text += output.text
     completion.token_ids += output.token_ids
     completion.logprobs += output.logprobs

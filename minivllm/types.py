@@ -28,6 +28,8 @@ MAX_GRAMMAR_CHARS = 2**18  # of one grammar's source
 MAX_PATTERN = 512  # tokens of a pattern that a text may be ended for: so many are looked through at every token
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+GUIDE_FAULT = "The engine failed at following the grammar of this request; its log says why."
+REFUSED = "refused"  # stop_reason of an error that is the request's own: it asked for what turned out to be impossible
 
 SETTLED = frozenset({"bad_word_ids"})  # fields of SamplingParams that no user gives: whoever takes a request fills them in
 
@@ -327,7 +329,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop token that ended it, where a client asked for that token; or what else did
+    stop_reason: int | str | None = None  # the stop token that ended it, if a client asked for that; ``REFUSED``; what else did
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minivllm.engine.grammars import Guide
-from minivllm.errors import GenerationFailed, InvalidRequest
+from minivllm.errors import InvalidRequest
 from minivllm.llm import LLM, Completion
 from minivllm.text.grammar import choice_grammar, json_grammar, text_grammar
 from minivllm.types import Grammar, SamplingParams
@@ -162,7 +162,7 @@ def test_grammars_that_cannot_be_followed(make_llm: Callable[..., LLM]) -> None:
     for bad in (Grammar("regex", "(a"), Grammar("lark", "start: nothing"), Grammar("json", '{"not": {}}')):
         with pytest.raises(InvalidRequest):
             llm.generate([PROMPT], asked(bad))
-    with pytest.raises(GenerationFailed, match="No token is left"):
+    with pytest.raises(InvalidRequest, match="No token is left"):
         llm.generate([PROMPT], asked(choice_grammar(["yes"]), allowed_token_ids=(5,)))
     assert llm.generate([PROMPT], asked(choice_grammar(["yes"])))[0].text == "yes"
 

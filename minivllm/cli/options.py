@@ -258,7 +258,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         return
     if get_origin(kind) is tuple:
-        common["nargs"] = "+"
+        common |= {"action": "append"} if option.opt.repeat else {"nargs": "+"}
     metavar = "{" + ",".join(get_args(kind)) + "}" if get_origin(kind) is Literal else option.name.rpartition("_")[2].upper()
     group.add_argument(*flags, type=_told(converter(option.name, option.type)), metavar=metavar, **common)
 

@@ -6,13 +6,13 @@ import logging
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
 from minivllm.config import Config
 from minivllm.errors import PortInUse
+from minivllm.logs import set_up_logging
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,11 +21,14 @@ def run(argv: Sequence[str]) -> int:
     add_model_argument(parser)
     add_config(parser, ALL_SECTIONS)
     config = read_config(parser.read(argv))
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logging(config.server.log_level, config.server.log_format, "server")
+    from minivllm.server.keys import check_exposure
+
+    check_exposure(config.server)
     raise_open_files_limit()
     check_port(config.server.host, config.server.port)
+    if config.server.metrics_port is not None:
+        check_port(config.server.metrics_host, config.server.metrics_port)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config))
 
@@ -46,6 +49,8 @@ async def _serve(config: Config) -> int:
             names = ", ".join(config.served_names)
             if defaults:
                 print("Sampling defaults of /v1: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
+            if server.metrics is not None:
+                print(f"/metrics is on {server.metrics.url}")
             print(f"{memory_table(llm.info)}\nServing {names} on {server.url} (Ctrl-C stops)", flush=True)
 
         return await serve(create_app(llm, config, defaults), config, llm, announce)

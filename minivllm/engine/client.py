@@ -8,7 +8,7 @@ from typing import Protocol
 from minivllm import errors
 from minivllm.engine.engine import Engine
 from minivllm.engine.ipc import Abort, Add, Pause, Resume
-from minivllm.types import EngineHealth, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.types import REFUSED, EngineHealth, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 
 class EngineClient(Protocol):
@@ -133,7 +133,7 @@ class LocalClient:
                 try:
                     self._engine.add(message.request)
                 except errors.RequestError as error:
-                    refused.append(TokenEvent(message.request.id, (), "error", error=error.message))
+                    refused.append(TokenEvent(message.request.id, (), "error", REFUSED, error=error.message))
             else:
                 obey(self._engine, message)
         return EngineOutput(tuple(refused)) if refused else self._engine.step()

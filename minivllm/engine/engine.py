@@ -30,7 +30,7 @@ from minivllm.errors import (
     RequestFault,
 )
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
 
 _NOT_TAKEN = "The engine failed at taking this request; its log says why."
 _PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made
@@ -205,7 +205,7 @@ class Engine:
                 if paused:
                     self.pause([request_id])
             except RequestError as error:
-                refused.append(TokenEvent(request_id, (), "error", error=error.message))
+                refused.append(TokenEvent(request_id, (), "error", REFUSED, error=error.message))
             except MiniVLLMError as error:
                 refused.append(TokenEvent(request_id, (), "error", error=f"No grammar can be followed: {error}"))
             except Exception:

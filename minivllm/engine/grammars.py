@@ -25,13 +25,12 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from minivllm.scheduler.request import Took
 from minivllm.text.grammar import matcher
-from minivllm.types import Grammar
+from minivllm.types import GUIDE_FAULT, Grammar
 
 CACHE_BYTES = 64 * 2**20  # of grammars that are kept for later requests
 MOST_CERTAIN = 1024  # tokens that are settled at a time
 _ALL = -1  # a word of a mask with every bit set
 _NO_TOKEN = "No token is left that the grammar and the other wishes (allowed_token_ids, bad_words ...) both allow; drop one."
-_FAULT = "The engine failed at following the grammar of this request; its log says why."
 _TOO_COMPLEX = "The grammar became too complex to follow at this place of the text; simplify it."
 
 log = logging.getLogger("minivllm")
@@ -79,7 +78,7 @@ class Guide:
         if not is_fault(error):
             raise error
         log.error("a text cannot be followed any further", exc_info=error)
-        self.problem = _FAULT
+        self.problem = GUIDE_FAULT
 
     def _take(self, token_id: int) -> Took:
         if self._opener:

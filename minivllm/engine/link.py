@@ -92,7 +92,7 @@ class Nest:
                 writer.close()
                 raise errors.EngineDead from None
         link = EngineLink(reader, writer)
-        link.send(Start(config))
+        link.send(Start(config.without_keys))
         return link
 
     def _living(self) -> socket.socket:
@@ -102,7 +102,7 @@ class Nest:
         self.kill()
         ours, theirs = pair()
         self._process = spawn(self._program, theirs, environment_with(ENVIRONMENT))
-        ours.sendall(encode(Prepare(self._config)))
+        ours.sendall(encode(Prepare(self._config.without_keys)))
         self._control = ours
         return ours
 

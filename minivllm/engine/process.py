@@ -18,7 +18,7 @@ from minivllm.child import FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.client import Steers, obey
 from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
@@ -89,7 +89,7 @@ class EngineServer:
                     try:
                         engine.add(message.request)
                     except errors.RequestError as error:
-                        event = TokenEvent(message.request.id, (), "error", error=error.message)
+                        event = TokenEvent(message.request.id, (), "error", REFUSED, error=error.message)
                         self._send(EngineOutput((event,)))
                 elif isinstance(message, Abort | Pause | Resume):
                     obey(engine, message)

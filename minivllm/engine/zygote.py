@@ -30,6 +30,7 @@ from minivllm.child import FrameReader, be_child, die_with_parent, encode
 from minivllm.config import Config
 from minivllm.engine.ipc import Failed, Hatch, Kill, Prepare, ToZygote
 from minivllm.engine.process import EngineServer, Steps
+from minivllm.logs import set_up_logging
 
 Build = Callable[[Config], Steps]
 Prepared = Callable[[Config], Build]
@@ -68,7 +69,7 @@ class Zygote:
         while messages := self._receive(wake):
             for message in messages:
                 if isinstance(message, Prepare):
-                    set_up_logging(message.config)
+                    set_up_logging(message.config.server.log_level, message.config.server.log_format, "engine")
                     try:
                         build = self._prepare(message.config)
                     except errors.StartupError as error:
@@ -146,13 +147,6 @@ class Zygote:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 log.error("the engine process %d %s", pid, how)
             self._engine = None
-
-
-def set_up_logging(config: Config) -> None:
-    """Log lines of this process and of those that are forked from it."""
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
 
 
 def num_threads() -> int:

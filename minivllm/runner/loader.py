@@ -23,7 +23,7 @@ from torch import Tensor
 from minivllm.errors import BrokenModelFolder
 from minivllm.layers.source import ALL, PIECE_VALUES, Loadable, RowRange, TensorSource, Transposed
 from minivllm.models.decoder import Decoder
-from minivllm.models.hub import weight_files
+from minivllm.models.hub import MAX_HEADER_BYTES, weight_files
 from minivllm.models.spec import Weight, WeightNames
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -184,7 +184,7 @@ def checkpoint_dtype(folder: Path) -> str | None:
     with header:
         length = int.from_bytes(header.read(8), "little")
         try:
-            tensors = json.loads(header.read(min(length, 100 * 2**20)))
+            tensors = json.loads(header.read(min(length, MAX_HEADER_BYTES)))
             kinds = {t["dtype"] for name, t in tensors.items() if name != "__metadata__"}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise BrokenModelFolder(f"{header.name} is not a whole safetensors file; {_REMEDY}.") from None

@@ -26,6 +26,8 @@ from minivllm.scheduler.recovery import Recovery
 from minivllm.scheduler.request import Guide, Request
 from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
+    GUIDE_FAULT,
+    REFUSED,
     EngineOutput,
     FinishReason,
     GenerateRequest,
@@ -248,7 +250,8 @@ class Scheduler:
         for kept, token in enumerate(tokens, start=1):
             took = "more" if guide is None else guide.take(token)
             if guide is not None and took == "refused":  # also an end-of-text where the grammar allows none
-                return _Ending("error", error=guide.problem), kept - 1
+                whose = None if guide.problem == GUIDE_FAULT else REFUSED
+                return _Ending("error", whose, error=guide.problem), kept - 1
             known.append(token)
             if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
                 return _Ending("stop", token if token in request.spec.sampling.stop_token_ids else None), kept

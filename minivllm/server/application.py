@@ -1,7 +1,8 @@
 """The application, made from values: what it serves and the options. No module-level app, no global state.
 
-Layers, outermost first, all plain ASGI: the drain's gate, the bounds on bodies, admission's gate, then FastAPI's router. Every
-failure ends in one of the handlers below, the only makers of error answers above the HTTP parser besides those layers.
+Layers, outermost first, all plain ASGI: who asks, the drain's gate, the bounds on bodies, admission's gate, then FastAPI's
+router. Every failure ends in one of the handlers below, the only makers of error answers above the HTTP parser besides those
+layers.
 """
 
 import logging
@@ -22,9 +23,11 @@ from minivllm import __version__
 from minivllm.config import Config
 from minivllm.errors import GenerationFailed, RequestError
 from minivllm.server.admission import Admission, bounds_of
+from minivllm.server.auth import AuthGate
 from minivllm.server.drain import ClientGone, Drain, DrainGate
 from minivllm.server.gate import AdmissionGate
 from minivllm.server.health import Health
+from minivllm.server.keys import Salts, read_keys
 from minivllm.server.limits import BodyLimits
 from minivllm.server.protocol import FORMS
 from minivllm.server.replies import ErrorReply, error_response
@@ -42,15 +45,19 @@ logger = logging.getLogger("minivllm.server")
 def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, Any] = MappingProxyType({})) -> FastAPI:
     """The application that serves ``llm``. Whoever runs it must run ``llm.run()`` beside it (``http.serve`` does).
     ``sampling_defaults``: of the /v1 routes (``door.sampling_defaults``). Raises ``InvalidOption`` for unknown parsers."""
-    drain = Drain(config.server.request_timeout_s)
+    drain, keys = Drain(config.server.request_timeout_s), read_keys(config.server)
     admission = Admission(bounds_of(config.server, llm.info), time.monotonic(), llm.metrics.reject)
-    gate = Middleware(AdmissionGate, admission=admission, max_body_bytes=config.server.max_body_bytes)
     app = FastAPI(
         title="mini-vLLM",
         version=__version__,
         docs_url=None,  # the page would load scripts from elsewhere
         redoc_url=None,
-        middleware=[Middleware(DrainGate, drain=drain), Middleware(BodyLimits, limits=config.server), gate],
+        middleware=[
+            Middleware(AuthGate, keys=keys),
+            Middleware(DrainGate, drain=drain),
+            Middleware(BodyLimits, limits=config.server),
+            Middleware(AdmissionGate, admission=admission, max_body_bytes=config.server.max_body_bytes),
+        ],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -61,10 +68,22 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
     template = llm.tokenizer.template().source if llm.tokenizer.has_chat_template else None
     parsers = parsers_of(config.model.tool_call_parser, config.model.reasoning_parser, template)
     probes = Health(llm, drain, lambda: admission.full)
-    app.state.serving = Serving(llm, config, int(time.time()), probes, admission, drain, parsers, sampling_defaults)
-    for route in (native, completions, chat, models, tokenize, health, metrics):
+    app.state.serving = Serving(
+        llm, config, int(time.time()), probes, admission, drain, parsers, sampling_defaults, Salts(keys)
+    )
+    for route in (native, completions, chat, models, tokenize, health):
         app.include_router(route.router)
+    if config.server.metrics_port is None:
+        app.include_router(metrics.router)
     _describe_bodies(app)
+    return app
+
+
+def create_metrics_app(serving: Serving) -> FastAPI:
+    """/metrics and nothing else, for a port that only a monitoring network reaches."""
+    app = FastAPI(openapi_url=None, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
+    app.state.serving = serving
+    app.include_router(metrics.router)
     return app
 
 

@@ -33,7 +33,8 @@ HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
 _NEEDED: Final = (
     "connection_made", "connection_lost", "data_received", "send_400_response", "on_message_begin", "on_url", "on_header",
-    "on_headers_complete", "on_body", "on_message_complete", "pause_writing", "resume_writing", "_unset_keepalive_if_required",
+    "on_headers_complete", "on_body", "on_message_complete", "pause_writing", "resume_writing", "on_response_complete",
+    "_unset_keepalive_if_required", "_should_upgrade", "_unsupported_upgrade_warning",
 )  # fmt: skip
 if missing := [name for name in _NEEDED if not callable(getattr(HttpToolsProtocol, name, None))]:
     raise ImportError(f"uvicorn {uvicorn.__version__} has no HttpToolsProtocol.{missing[0]}; install uvicorn 0.54.")
@@ -79,6 +80,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the message being parsed: request line, headers, trailers
         self._in_head = False
         self._refused = False
+        self._answering: RequestResponseCycle | None = None  # ``cycle`` is the latest request, which may wait behind this one
         self._head_deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
 
@@ -103,9 +105,17 @@ class Connection(HttpToolsProtocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget every deadline."""
+        """Forget every deadline, and let every request know; uvicorn tells only the latest."""
         self._stop_timers()
         super().connection_lost(exc)
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """To every request of this connection its client is gone."""
+        for cycle in (self._answering, *(waiting for waiting, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse, within the bounds."""
@@ -123,6 +133,13 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Uvicorn found bytes that are not HTTP."""
         self._refuse(MalformedBody("The bytes received are not an HTTP/1.1 request; send one."))
+
+    def _should_upgrade(self) -> bool:
+        """Nothing but HTTP is spoken here, and a stranger's wish for more is not worth a line of the log."""
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """See above."""
 
     # What the parser calls.
 
@@ -156,6 +173,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(MalformedBody(f"At most {MAX_PIPELINED} requests may wait on one connection."))
         if not self._refused:
             super().on_headers_complete()
+            if not self.pipeline:
+                self._answering = self.cycle
             self.scope["extensions"] = {SEND_CHUNK: {"send": chunk_sender(self.cycle)}}
             if self.parser.should_upgrade():  # nothing else is spoken here, and what follows would not be parsed
                 self.cycle.keep_alive = False
@@ -171,6 +190,11 @@ class Connection(HttpToolsProtocol):
         self._kept_bytes = self._head_bytes = 0
         if not self._refused:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The next request that waits has its turn."""
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
 
     # Deadlines.
 
@@ -220,11 +244,10 @@ class Connection(HttpToolsProtocol):
         self._stop_timers()
         self._unset_keepalive_if_required()
         if self.transport.is_closing() or (self._busy and (self.pipeline or self.cycle.response_started)):
+            self._tell_all()
             self.transport.abort()
             return
-        if self._busy:  # to the application this is a client that left
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._tell_all()  # to the application this is a client that left
         body = error_body(error)
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
         if (wait_s := retry_after(error)) is not None:

@@ -53,8 +53,11 @@ class DevelopmentApp:
 
 
 async def _start_llm() -> AsyncLLM:
-    """An engine for the bundled model, or for the one that MINIVLLM_MODEL names. Raises ``StartupError``."""
-    config, folder = locate(make_config(model=environment().get("model")))
+    """An engine for the bundled model, or for the one that MINIVLLM_MODEL names, with keys if MINIVLLM_API_KEY or
+    MINIVLLM_API_KEY_FILE give some. Raises ``StartupError``."""
+    given = environment()
+    keys = tuple(given.get("api_key", "").split(",")) if "api_key" in given else ()
+    config, folder = locate(make_config(model=given.get("model"), api_key=keys, api_key_file=given.get("api_key_file")))
     tokenizer = load_tokenizer(tokenizer_folder(config, folder))
     client = await start_engine(config)
     return AsyncLLM(client, tokenizer, config, metrics_for(config, client.info))

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from minivllm.errors import MalformedBody, UnsupportedField
+from minivllm.text.depth import check_depth
 
 Values = Mapping[str, tuple[Any, ...]]
 
@@ -92,6 +93,7 @@ class Form(Generic[F]):
 
     def read(self, body: bytes) -> F:
         """The body as a Struct. Raises ``MalformedBody`` or ``UnsupportedField``, each naming the field at fault."""
+        check_depth(body)
         try:
             self._check_names(self._shallow.decode(body))
             return self._decoder.decode(body)

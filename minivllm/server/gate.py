@@ -11,10 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.errors import RequestError
 from minivllm.server.admission import BYTES_PER_TOKEN, Admission, Ticket
+from minivllm.server.keys import TENANT
 from minivllm.server.replies import error_response
 
 TICKET: Final = "ticket"  # in the scope's state
-TENANT: Final = "tenant"  # there too, where keys are asked for: whose key it was
 
 
 class AdmissionGate:

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,7 @@ from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
 from minivllm.errors import PortInUse
+from minivllm.server.application import create_metrics_app
 from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain
 from minivllm.server.serving import Serving
@@ -43,10 +45,15 @@ logger = logging.getLogger("minivllm.server")
 
 
 class Server:
-    """A listening socket and its connections. Written by ``serve``; others may read ``url`` and call ``stop``."""
+    """A listening socket and its connections, and a second one for the metrics if they have a port of their own. Written by
+    ``serve``; others may read ``url`` and call ``stop``."""
 
     def __init__(self, app: FastAPI, limits: ServerConfig) -> None:
         self.limits = limits
+        self.metrics: Server | None = None
+        if limits.metrics_port is not None:
+            place = replace(limits, host=limits.metrics_host, port=limits.metrics_port, metrics_port=None)
+            self.metrics = Server(create_metrics_app(app.state.serving), place)
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()  # a second wish to stop: now
         serving = _serving_of(app)
@@ -81,6 +88,8 @@ class Server:
         for listener in self._listener.sockets:  # its connections inherit this
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         logger.info("At most %d connections are served at once", self._capacity.most)
+        if self.metrics is not None:
+            await self.metrics.listen()
 
     def _connect(self) -> Connection:
         return Connection(self.limits, self._capacity, config=self._uvicorn, server_state=self._state, app_state={})
@@ -106,9 +115,13 @@ class Server:
     def tick(self) -> None:
         """Bring the Date header of replies up to date."""
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+        if self.metrics is not None:
+            self.metrics.tick()
 
     async def close(self) -> None:
         """Stop listening and end every connection, those that still send first getting a moment to do so."""
+        if self.metrics is not None:
+            await self.metrics.close()
         if self._listener is not None:
             self._listener.close()
         for connection in list(self._state.connections):

@@ -12,6 +12,7 @@ import msgspec
 
 from minivllm.errors import InvalidRequest, MalformedBody, UnsupportedField
 from minivllm.server.fields import MESSAGE_NOT_SERVED, check_not_served
+from minivllm.text.depth import check_depth
 
 WITH_FIELDS = frozenset({"tools", "documents", "reasoning_effort"})  # values of a template that have a field of their own
 Message = dict[str, Any]
@@ -107,9 +108,10 @@ def _content(place: str, message: ChatMessage) -> str | list[dict[str, str]]:
 
 def _call(place: str, call: ToolCall) -> dict[str, Any]:
     """A call that was made, with its arguments as an object."""
+    check_depth(call.function.arguments.encode(), f"body.{place}.function.arguments")
     try:
         arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
+    except msgspec.DecodeError:
         problem = f"The arguments of {place} are not the JSON text of an object."
         raise MalformedBody(problem, f"body.{place}.function.arguments") from None
     named = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -4,6 +4,7 @@
 are always there, null included. Nothing here knows how a reply came to be.
 """
 
+import re
 import uuid
 from http import HTTPStatus
 from typing import Literal
@@ -15,7 +16,12 @@ from minivllm.errors import RequestError
 from minivllm.server.logprobs import ChatLogprobs, CompletionLogprobs, OfPrompt
 from minivllm.types import FinishReason
 
-MAX_MESSAGE_CHARS = 900  # an error body stays under 4 KiB even if every character needs four bytes
+MAX_MESSAGE_CHARS = 600  # an error body stays under 4 KiB even if every character is written as \\u0000
+MAX_PARAM_CHARS = 64
+# What no message says, whoever wrote it (a template's exception, a library): where things are in memory and on disk.
+_INSIDE = re.compile(
+    r" at 0x[0-9A-Fa-f]*|Traceback \(.*|(/[\w.\-]+)+\.(py|so|rs|jinja)\b[:\d]*", re.DOTALL
+)
 encode = msgspec.json.Encoder().encode
 
 
@@ -256,10 +262,16 @@ def json_response(value: msgspec.Struct | dict[str, object], status: int = 200) 
 
 
 def error_body(error: RequestError) -> bytes:
-    """The JSON object that tells a client of ``error``; at most 4 KiB."""
-    message = error.message if len(error.message) <= MAX_MESSAGE_CHARS else error.message[:MAX_MESSAGE_CHARS] + "..."
-    message = message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be encoded
-    return encode(ErrorReply(ErrorDetail(message, error.kind, error.param, error.status)))
+    """The JSON object that tells a client of ``error``; at most 4 KiB, and nothing of the inside."""
+    message = _INSIDE.sub("", _shown(error.message, 2 * MAX_MESSAGE_CHARS))
+    param = None if error.param is None else _shown(error.param, MAX_PARAM_CHARS)
+    return encode(ErrorReply(ErrorDetail(_shown(message, MAX_MESSAGE_CHARS), error.kind, param, error.status)))
+
+
+def _shown(text: str, most: int) -> str:
+    """The beginning of ``text``, which may hold halves of characters."""
+    cut = text if len(text) <= most else text[:most] + "..."
+    return cut.encode("utf-8", "replace").decode()
 
 
 def retry_after(error: RequestError) -> int | None:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +25,7 @@ from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
 from minivllm.server.gate import ticket_of
 from minivllm.server.health import Health
+from minivllm.server.keys import TENANT, Keys, Salts
 from minivllm.server.messages import Chat
 from minivllm.text.reply_parsers import Parsers
 from minivllm.types import Grammar, RequestOutput, SamplingParams
@@ -32,6 +33,7 @@ from minivllm.types import Grammar, RequestOutput, SamplingParams
 F = TypeVar("F", bound=msgspec.Struct)
 T = TypeVar("T")
 MAX_TOLD_AT_ONCE = 500  # tokens with their logprobs: as texts, each takes some 20 us
+LONG_BODY_BYTES = 2**18
 LONG_TEXT_CHARS = 20_000  # longer texts are tokenized in a thread: some 5 ms of everybody's event loop otherwise
 
 
@@ -47,6 +49,8 @@ class Serving:
     drain: Drain = field(default_factory=Drain)
     parsers: Parsers = field(default_factory=Parsers)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the /v1 routes: what the model's makers advise
+    salts: Salts = field(default_factory=lambda: Salts(Keys(())))
+    tenant: str = ""  # who asks; set for each request
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ``UnknownModel`` when the request asks for one that is not served."""
@@ -98,9 +102,10 @@ class Serving:
         if priority and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequest("priority has no effect here; start the server with --scheduling-policy priority.", "priority")
         names = [request_id, *(f"{request_id}-{i}" for i in range(1, sampling.n))]
+        salt = self.salts.salt(self.tenant, cache_salt)
         others = sampling if each_is_told else msgspec.structs.replace(sampling, prompt_logprobs=None)
         return [
-            Order(name, ids, others if i else sampling, priority, cache_salt, i, names[0] if i else None)
+            Order(name, ids, others if i else sampling, priority, salt, i, names[0] if i else None)
             for i, name in enumerate(names)
         ]
 
@@ -140,18 +145,25 @@ async def written(num_told: int, write: Callable[[], T]) -> T:
 
 
 def serving(request: Request) -> Serving:
-    """What the app of this request serves."""
+    """What the app of this request serves, to whoever asks."""
     value = request.app.state.serving
     if not isinstance(value, Serving):
         raise RuntimeError("the app was not made by create_app")
-    return value
+    tenant = str(request.scope.get("state", {}).get(TENANT, ""))
+    return replace(value, tenant=tenant) if tenant else value
 
 
 async def read_json(request: Request, form: Form[F]) -> F:
     """The body of a route that takes JSON and says so. Raises ``MalformedBody`` and what ``Form.read`` raises."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise MalformedBody("Unsupported Media Type: Only 'application/json' is allowed; set the Content-Type header.", "body")
-    return form.read(await read_body(request))
+    return await read_form(request, form)
+
+
+async def read_form(request: Request, form: Form[F]) -> F:
+    """The body, whatever its content type says. A long one is read beside the event loop. Raises what ``Form.read`` raises."""
+    body = await read_body(request)
+    return await asyncio.to_thread(form.read, body) if len(body) > LONG_BODY_BYTES else form.read(body)
 
 
 async def read_body(request: Request) -> bytes:

@@ -21,6 +21,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequest
+from minivllm.text.depth import check_depth
 from minivllm.text.grammar_size import check_forced, check_pattern
 from minivllm.text.json_schema import allowed_escapes, check_schema, reason_in_words
 from minivllm.text.tokenizer import Tokenizer
@@ -42,9 +43,10 @@ LIMITS: Final = LLParserLimits(
 def json_grammar(schema: str | bool | Mapping[str, Any], compact: bool = False) -> Grammar:
     """JSON text that a schema describes; properties come in the schema's order. Raises ``InvalidRequest``."""
     if isinstance(schema, str):
+        check_depth(schema.encode("utf-8", "replace"), "structured_outputs.json")
         try:
             schema = json.loads(schema)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise InvalidRequest("The JSON Schema is not valid JSON; send it as a JSON object.") from None
     if schema is True:
         schema = {}

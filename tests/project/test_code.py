@@ -129,8 +129,15 @@ def test_the_gate_sees_a_written_table(code: str) -> None:
 
 
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
-FORBIDDEN_CALLS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "hub"), ("os", "system"), ("os", "popen")}
+FORBIDDEN_MODULES = {
+    "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "dbm", "yaml", "runpy", "code",
+}  # fmt: skip
+FORBIDDEN_CALLS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "hub"), ("os", "system"), ("os", "popen"),
+                   ("torch", "jit"), ("np", "fromfile"), ("builtins", "eval"), ("builtins", "exec"), ("jinja2", "Environment"),
+                   ("subprocess", "getoutput"), ("asyncio", "create_subprocess_shell")}  # fmt: skip
+FORBIDDEN_IMPORTS = {("torch", "load"), ("torch", "jit"), ("numpy", "load"), ("os", "system"), ("os", "popen"),
+                     ("jinja2", "Environment"),
+                     ("jinja2.sandbox", "SandboxedEnvironment"), ("builtins", "eval"), ("builtins", "exec")}  # fmt: skip
 # torch: model.eval() is a method, and re.compile compiles patterns; both are attributes of something else and not meant.
 
 
@@ -141,8 +148,11 @@ def runs_data(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.id
         elif isinstance(node, ast.Import):
             yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
-            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.split(".")[0] in FORBIDDEN_MODULES:
+                yield node.lineno, module
+            yield from ((node.lineno, a.name) for a in node.names if (module, a.name) in FORBIDDEN_IMPORTS)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if (node.value.id, node.attr) in FORBIDDEN_CALLS:
                 yield node.lineno, f"{node.value.id}.{node.attr}"
@@ -173,7 +183,8 @@ def test_the_environment_is_read_in_one_file(sources: list[Any]) -> None:
 @pytest.mark.parametrize(
     "code",
     ["import pickle", "from yaml import load", "eval('1')", "torch.load(f)", "np.load(f, allow_pickle=True)", "f = exec",
-     "AutoModel.from_pretrained(x, trust_remote_code=True)", "subprocess.run(x, shell=True)"],
+     "AutoModel.from_pretrained(x, trust_remote_code=True)", "subprocess.run(x, shell=True)", "from torch import load as f",
+     "import os as system_calls, pickle as p", "from jinja2 import Environment", "builtins.exec", "x = compile"],
 )  # fmt: skip
 def test_the_gate_sees_what_runs_data(code: str) -> None:
     assert list(runs_data(ast.parse(code)))

@@ -207,6 +207,36 @@ def test_too_many_pipelined_requests_end_the_connection(strict: Live) -> None:
         assert read_all(sock).count(b"HTTP/1.1 200") < 1000
 
 
+def test_a_client_that_leaves_ends_all_its_pipelined_requests(
+    start: Callable[..., Live], until: Callable[[Callable[[], bool]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one that is being answered too, though another came after it."""
+    live = start(delay_s=0.02)
+    body = b'{"prompt": "x", "max_tokens": 500}'
+    post = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with connect(live) as sock:
+        sock.sendall(post)
+        assert sock.recv(100)
+        sock.sendall(post)
+        until(lambda: len(live.client.num_sent) == 1)
+        time.sleep(0.2)
+    until(lambda: live.client.num_open == 0)
+    assert len(live.client.added) == len(live.client.aborted) == 1
+    assert caplog.text == ""  # it is no fault of the server
+
+
+def test_a_refusal_behind_a_running_answer_is_no_fault_of_the_server(strict: Live, caplog: pytest.LogCaptureFixture) -> None:
+    body = b'{"prompt": "x", "max_tokens": 2}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    for _ in range(20):
+        with connect(strict) as sock, contextlib.suppress(OSError):
+            sock.sendall((head + body) * 100)
+            read_all(sock)
+    time.sleep(0.2)
+    assert caplog.text == ""
+
+
 @contextlib.contextmanager
 def unread_stream(live: Live, until: Callable[[Callable[[], bool]], None]) -> Iterator[socket.socket]:
     """A stream of some megabytes that the engine has finished and nobody has read; small buffers, so that it cannot fit."""
