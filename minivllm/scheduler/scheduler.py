@@ -142,6 +142,11 @@ class Scheduler:
         if result.bad_rows:
             self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
         live = self._book.live
+        if plan.grammar_rows:
+            for entry, tokens in zip(flight.entries, result.tokens, strict=True):
+                guide = entry.request.guide
+                if guide is not None and tokens and live.get(entry.request.uid) is entry.request:
+                    guide.tell((*entry.forced, *tokens))
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 found = result.logprobs[i] if result.logprobs else None
@@ -195,14 +200,14 @@ class Scheduler:
     def _append(self, request: Request, tokens: Sequence[int]) -> tuple["_Ending", int]:
         """Add tokens until one ends the request: why it ended, and how many were added."""
         known, stop_ids, limit, guide = request.token_ids, request.stop_ids, request.token_limit, request.guide
+        taken, took = (len(tokens), "more") if guide is None else guide.took()
         for kept, token in enumerate(tokens, start=1):
-            took = "more" if guide is None else guide.take(token)
-            if guide is not None and took == "refused":  # also an end-of-text where the grammar allows none
+            if guide is not None and kept > taken:  # also an end-of-text where the grammar allows none
                 return _Ending("error", error=guide.problem), kept - 1
             known.append(token)
             if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
                 return _Ending("stop", token if token in request.spec.sampling.stop_token_ids else None), kept
-            if took == "complete":
+            if kept == taken and took == "complete":
                 return _Ending("stop", complete=True), kept
             if len(known) >= limit:
                 return _Ending("length"), kept
@@ -253,7 +258,8 @@ class Scheduler:
             if not self._book.is_live(request):
                 continue
             request.failures += not forgiven
-            if request.failures < MAX_FAILURES:
+            ahead = request.guide is not None and request.guide.told > 0  # of its tokens: it cannot go on from these
+            if request.failures < MAX_FAILURES and not ahead:
                 self._restart(request)
             else:
                 events.append(TokenEvent(request.spec.id, (), "error", error=message))
