@@ -15,12 +15,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLTokenizer
 
-from minivllm.engine.guide import Guide, GuideMaker
+from minivllm.engine.guide import NO_ROW, Guide, GuideMaker
 from minivllm.engine.guide_pool import GuidePool, RemoteGuide
 from minivllm.text.grammar import words_of
 from minivllm.text.helper import Words
@@ -47,7 +48,7 @@ class Grammars:
     def __init__(self, make_words: Callable[[], Words], sizes: GrammarSizes) -> None:
         """``make_words``: the vocabulary, asked for when the first grammar comes."""
         self._make_words, self._sizes = make_words, sizes
-        self._local = GuideMaker(self._vocabulary, sizes.vocab_size)
+        self._local = GuideMaker(partial(_vocabulary, make_words), sizes.vocab_size)
         self._pool: GuidePool | None = None
         self._may_start = sizes.num_workers > 0  # the pool was not started yet; under the lock
         self._turn = threading.Lock()  # of makers
@@ -81,21 +82,27 @@ class Grammars:
             log.warning("No processes that follow grammars could be started; the engine follows them itself.", exc_info=True)
             return None
 
-    def _vocabulary(self) -> LLTokenizer:
-        words = self._make_words()
-        return words_of(words.tokenizer, words.vocab_size, words.eos_token_ids)
-
     def masks(self, rows: Sequence[int], guided: Sequence[tuple[AnyGuide, int] | None]) -> npt.NDArray[np.int32]:
         """Masks by row [max_num_seqs, 1 + words of 32 tokens] (``reference.rule_out``), of ``rows``: each guide's token behind
         a number of certain ones. None, and all other rows: any token may come. The array is the same at every call."""
         masks = self._masks if self._masks is not None else self._allocate()
-        for row, entry in zip(rows, guided, strict=True):
-            if entry is not None and self._seated[row]() is not entry[0]:
-                self._seat(row, entry[0])
+        seated, says = self._seated, [ANY_TOKEN] * len(guided)
+        local: list[tuple[Guide, int]] = []
+        came: list[tuple[AnyGuide, int]] = []
+        for place, entry in enumerate(guided):
+            if entry is not None:
+                guide, row = entry[0], rows[place]
+                if seated[row]() is not guide:
+                    came.append((guide, row))
+                says[place] = guide.mask_says(entry[1]) if guide.certain else guide.says
+                if says[place] == BY_BITS and isinstance(guide, Guide):
+                    local.append((guide, row))
         if self._pool is not None:
             self._pool.finish()
-        says = [ANY_TOKEN if entry is None else entry[0].mask_says(entry[1]) for entry in guided]
-        self._compute([(e[0], r) for r, e, s in zip(rows, guided, says, strict=True) if e and s == BY_BITS], masks)
+        if came:
+            self._seat(came)
+        if local:
+            self._compute(local, masks)
         masks[:, 0] = ANY_TOKEN
         masks[rows, 0] = says
         return masks
@@ -108,20 +115,21 @@ class Grammars:
             self._masks = np.zeros((self._sizes.max_num_seqs, self._local.row_words), np.int32)
         return self._masks
 
-    def _seat(self, row: int, guide: AnyGuide) -> None:
-        """A text has got this row. Whoever had it before has none."""
-        before = self._seated[row]()
-        if isinstance(before, RemoteGuide):
-            before.sit(-1)
-        if isinstance(guide, RemoteGuide):
+    def _seat(self, came: Sequence[tuple[AnyGuide, int]]) -> None:
+        """Texts have got these rows, and their masks are to be made there. Who had a row before is not about to write there any
+        more, not even if it ended: all masks were finished."""
+        for guide, row in came:
+            if (before := self._seated[row]()) is not None:
+                before.sit(NO_ROW)
+            if guide.row != NO_ROW:
+                self._seated[guide.row] = _nobody
             guide.sit(row)
-        self._seated[row] = weakref.ref(guide)
+            self._seated[row] = weakref.ref(guide)
+        if self._pool is not None:
+            self._pool.finish()
 
-    def _compute(self, asked: Sequence[tuple[AnyGuide, int]], masks: npt.NDArray[np.int32]) -> None:
-        """Make the masks that go by bits of guides in this process."""
-        local = [(guide, row) for guide, row in asked if isinstance(guide, Guide)]
-        if not local:
-            return
+    def _compute(self, local: Sequence[tuple[Guide, int]], masks: npt.NDArray[np.int32]) -> None:
+        """Make the masks of guides in this process, at their rows."""
         self._executor = self._executor or LLExecutor(self._sizes.num_threads)
         made = np.empty((len(local), masks.shape[1] - 1), np.int32)  # it writes masks without anything between them
         matchers = [(guide.matcher, place) for place, (guide, _) in enumerate(local)]
@@ -130,6 +138,11 @@ class Grammars:
             masks[row, 1:] = mask
             if (also := guide.complete()) is not None:
                 masks[row].view(np.uint32)[1 + also // 32] |= np.uint32(1 << also % 32)
+
+
+def _vocabulary(make_words: Callable[[], Words]) -> LLTokenizer:
+    words = make_words()
+    return words_of(words.tokenizer, words.vocab_size, words.eos_token_ids)
 
 
 def _nobody() -> None:

@@ -22,6 +22,7 @@ from minivllm.text.grammar import matcher
 from minivllm.types import ANY_TOKEN, BY_BITS, Grammar
 
 CACHE_BYTES: Final = 64 * 2**20  # of grammars that are kept for later requests
+NO_ROW: Final = -1
 MOST_CERTAIN: Final = 1024  # tokens that are settled at a time
 NO_TOKEN: Final = (
     "No token is left that the grammar and the other wishes (allowed_token_ids, bad_words ...) both allow; drop one."
@@ -41,12 +42,17 @@ class FollowedText:
         self.says = ANY_TOKEN  # what the first word of its mask says behind the certain tokens
         self.certain: deque[int] = deque()  # tokens that the matcher has taken and the request has not got yet
         self.told = 0  # tokens that nobody asked about yet
+        self.row = NO_ROW  # where its masks are made
         self._taken: tuple[int, Took] = (0, "more")
         self._hurries = hurries
 
     def ahead(self, skip: int, most: int) -> tuple[int, ...]:
         """See ``scheduler.request.Guide``."""
         return tuple(islice(self.certain, skip, skip + most)) if self._hurries and self.certain else ()
+
+    def sit(self, row: int) -> None:
+        """Its masks belong into this row, or nowhere (``NO_ROW``)."""
+        self.row = row
 
     def mask_says(self, ahead: int) -> int:
         """What the first word of its mask says for the token behind the next ``ahead`` certain ones."""

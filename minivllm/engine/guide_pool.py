@@ -41,7 +41,7 @@ from minivllm.text.helper import Words
 from minivllm.types import Grammar
 
 PROGRAM: Final = ("-m", "minivllm.engine.guide_process")
-TELL, SEAT, DROP = 0, 1, 2  # what a worker is sent of a text: its tokens, the row that it has or -1, that it has ended
+TELL, SEAT, DROP = 0, 1, 2  # what a worker is sent of a text: its tokens, the row that it has, that it has ended
 OUTCOMES: Final[tuple[Took, ...]] = ("more", "complete", "refused")
 PROBLEMS: Final = ("", NO_TOKEN, FAULT, TOO_COMPLEX)
 ANSWER_WORDS: Final = (
@@ -107,9 +107,11 @@ class RemoteGuide(FollowedText):
         """See ``scheduler.request.Guide``. What nearly every token leads to is taken for granted; an answer says otherwise."""
         count = self.told = len(token_ids)
         self._taken = count, "more"
-        self._worker.post(TELL, self.text, token_ids)
-        for _ in range(min(count, len(self.certain))):
-            self.certain.popleft()
+        self._worker.outbox += (TELL, self.text, count, *token_ids)
+        self._worker.owes_answer = True
+        if self.certain:
+            for _ in range(min(count, len(self.certain))):
+                self.certain.popleft()
 
     def took(self) -> tuple[int, Took]:
         """See ``scheduler.request.Guide``."""
@@ -124,8 +126,9 @@ class RemoteGuide(FollowedText):
         self.problem, self.says, self.certain = PROBLEMS[problem], says, deque(certain)
 
     def sit(self, row: int) -> None:
-        """Its masks belong into this row, or nowhere (-1)."""
-        self._worker.post(SEAT, self.text, (row,))
+        """Its masks belong into this row, or nowhere (``NO_ROW``)."""
+        super().sit(row)
+        self._worker.outbox += (SEAT, self.text, 1, row)
 
     def lose(self) -> None:
         """Nobody follows it any more."""
@@ -136,35 +139,30 @@ class Worker:
     """A process that follows texts, as seen from the engine. Written by its pool."""
 
     def __init__(self, pool: "GuidePool", steps: socket.socket, makes: socket.socket, spin_s: float) -> None:
-        self.pool = pool
+        self.pool: GuidePool = weakref.proxy(pool)  # which ends when the engine lets it go
         self.texts: weakref.WeakValueDictionary[int, RemoteGuide] = weakref.WeakValueDictionary()
         self.dropped: deque[int] = deque()  # filled by whichever thread lets a text go
-        self.owes_answer = False  # to tokens it was told, from when they are posted
+        self.outbox: list[int] = []  # the next message: texts add what they have to say
+        self.owes_answer = False  # to tokens in the next message, or in the one that was sent
         self.making = 0  # texts that begin now; written under the pool's lock
         self.broken = False  # a maker noticed that it has gone
         self._steps = NumberSocket(steps, spin_s)
         self._makes, self._frames = makes, FrameReader(Reply)  # type: ignore[arg-type]
         self._turn = threading.Lock()  # of makers
-        self._outbox: list[int] = []
         self._due = 0  # messages that will come: an answer and a "done" for each that was sent
-
-    def post(self, what: int, text: int, numbers: Sequence[int]) -> None:
-        """Put it into the next message."""
-        self._outbox += (what, text, len(numbers), *numbers)
-        self.owes_answer = self.owes_answer or what == TELL
 
     def send(self) -> None:
         """Send what was posted; what is for a worker that has gone goes nowhere."""
         while self.dropped:
-            self._outbox += (DROP, self.dropped.popleft(), 0)
-        if self._outbox:
+            self.outbox += (DROP, self.dropped.popleft(), 0)
+        if self.outbox:
             self.finish()
             try:
-                self._steps.send(self._outbox)
+                self._steps.send(self.outbox)
                 self._due = 2
             except OSError:
                 self.lose()
-        self._outbox = []
+        self.outbox = []
 
     def read_answer(self) -> None:
         """Wait for the answer to what was sent."""

@@ -18,14 +18,13 @@ from ctypes import addressof, c_char
 from typing import Final
 
 from minivllm.child import FrameReader, be_child, encode
-from minivllm.engine.guide import Guide, GuideMaker
+from minivllm.engine.guide import NO_ROW, Guide, GuideMaker
 from minivllm.engine.guide_pool import DROP, OUTCOMES, PROBLEMS, SEAT, TELL, Begin, Made, Make, NotMade, read_frame
 from minivllm.engine.numbers import NumberSocket
 from minivllm.errors import InvalidRequest
 from minivllm.text.grammar import words_of
 from minivllm.types import BY_BITS, Grammar
 
-_NO_ROW: Final = -1
 _SWITCH_S: Final = 1e-4  # a maker gives way to a step at once
 
 
@@ -125,9 +124,9 @@ class WorkerLoop:
 
     def _fill(self, text: int) -> None:
         """Make the mask of a text's next token, if it has a row and the row does not hold it yet."""
-        row, guide = self._rows.get(text, _NO_ROW), self._texts[text]
+        row, guide = self._rows.get(text, NO_ROW), self._texts[text]
         state = (row, guide.moves)
-        if row == _NO_ROW or guide.says != BY_BITS or self._filled.get(text) == state:
+        if row == NO_ROW or guide.says != BY_BITS or self._filled.get(text) == state:
             return
         guide.matcher.unsafe_compute_mask_ptr(self._address + row * self._row_bytes + 4, self._row_bytes - 4)
         self._filled[text] = state

@@ -1,9 +1,11 @@
 """Messages of whole numbers between two processes that answer each other within microseconds.
 
 A message is a number of int32 words and these words, over a stream socket. Who expects an answer soon looks for it again and
-again for a while before going to sleep: waking a sleeping process takes longer than many a message is worth.
+again for a while before going to sleep: waking a sleeping process takes longer than many a message is worth. In between it
+lets others have the core, who may be the very ones that it waits for.
 """
 
+import os
 import select
 import socket
 import time
@@ -51,6 +53,7 @@ class NumberSocket:
                 return self._sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 if time.perf_counter() < sleeps_s:
+                    os.sched_yield()
                     continue
             except ConnectionError:
                 return b""

@@ -6,6 +6,8 @@ step, the hidden states that logits are wanted of, grammar masks by row, and the
 tables is scratch: what a padded place of a step would write goes there.
 """
 
+import contextlib
+import logging
 import weakref
 from dataclasses import dataclass
 
@@ -26,16 +28,29 @@ from minivllm.types import ANY_TOKEN
 Masks = npt.NDArray[np.int32]  # [max_num_seqs, 1 + words of 32 tokens or more], by row
 MAX_PAGE = 2**22  # integers; what a step brings beyond that goes on pages of its own
 
+log = logging.getLogger("minivllm")
+
 
 class MaskPage:
-    """The host's masks as a tensor, in memory that the device reads by itself where ``pinned`` can be had. Never changes."""
+    """The host's masks, in memory that the device reads by itself where that can be had. Never changes."""
 
-    def __init__(self, masks: Masks, pinned: bool) -> None:
-        self.masks, self.page = masks, torch.from_numpy(masks)
-        if pinned:
-            address, cuda = self.page.data_ptr(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    def __init__(self, masks: Masks, device: torch.device) -> None:
+        self.masks, self._page = masks, torch.from_numpy(masks)
+        self._copies = device.type == "cuda"  # through a pinned page of each step's own
+        if device.type == "cuda":
+            address, cuda = self._page.data_ptr(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
             if int(cuda.cudaHostRegister(address, masks.nbytes, 0)) == 0:
                 weakref.finalize(self, cuda.cudaHostUnregister, address)
+                self._copies = False
+            else:
+                log.warning("Grammar masks are copied once more in each step: their memory cannot be pinned.")
+                with contextlib.suppress(RuntimeError):  # the next launch would be blamed for it
+                    torch.zeros(1, device=device)
+
+    def first(self, num_rows: int, words: int) -> Tensor:
+        """Those of the first rows, ready for a copy that nobody waits for."""
+        part = self._page[:num_rows, :words]
+        return part.pin_memory() if self._copies else part
 
 
 @dataclass(frozen=True)
@@ -104,8 +119,8 @@ class Stage:
         """Bring the masks of the first ``num_rows`` rows to the device. The host may write them again when what was drawn under
         them is known."""
         if self._mask_page is None or self._mask_page.masks is not masks:
-            self._mask_page = MaskPage(masks, pinned=self.device.type == "cuda")
-        self.masks[:num_rows].copy_(self._mask_page.page[:num_rows, : self.masks.shape[1]], non_blocking=True)
+            self._mask_page = MaskPage(masks, self.device)
+        self.masks[:num_rows].copy_(self._mask_page.first(num_rows, self.masks.shape[1]), non_blocking=True)
 
     def blank(self) -> None:
         """Put a step without rows on the page: all of it is padding."""

@@ -19,7 +19,7 @@ from minivllm.scheduler.book import Book, Limits
 from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.planner import Planner
-from minivllm.scheduler.request import Guide, Request
+from minivllm.scheduler.request import Guide, Request, Took
 from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
     EngineOutput,
@@ -146,7 +146,7 @@ class Scheduler:
             for entry, tokens in zip(flight.entries, result.tokens, strict=True):
                 guide = entry.request.guide
                 if guide is not None and tokens and live.get(entry.request.uid) is entry.request:
-                    guide.tell((*entry.forced, *tokens))
+                    guide.tell((*entry.forced, *tokens) if entry.forced else tokens)
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 found = result.logprobs[i] if result.logprobs else None
@@ -173,15 +173,18 @@ class Scheduler:
             if of_prompt:
                 events.append(TokenEvent(request.spec.id, (), num_cached=request.cached or 0, prompt_logprobs=of_prompt))
             return
-        known = request.token_ids
-        end = _GOES_ON
-        if request.guide is None and request.repetition is None and (
+        known, end = request.token_ids, _GOES_ON
+        took: tuple[int, Took] = len(tokens), "more"
+        if request.guide is not None:
+            took = request.guide.took()
+            tokens = (*entry.forced, *tokens) if entry.forced else tokens
+        if request.repetition is None and took[1] == "more" and (
             len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit
         ):
             known.append(tokens[0])  # what nearly every row of nearly every step does
         else:
-            end, kept = self._append(request, (*entry.forced, *tokens))
-            tokens = (*entry.forced, *tokens)[:kept]
+            end, kept = self._append(request, tokens, took)
+            tokens = tokens[:kept]
             logprobs = logprobs[:kept]
         if tokens:  # none where the first was refused
             self._ledger.tokens(request, len(tokens), now)
@@ -197,10 +200,10 @@ class Scheduler:
         if end.reason is not None:
             self._end(request, end.reason, now)
 
-    def _append(self, request: Request, tokens: Sequence[int]) -> tuple["_Ending", int]:
-        """Add tokens until one ends the request: why it ended, and how many were added."""
+    def _append(self, request: Request, tokens: Sequence[int], told: tuple[int, Took]) -> tuple["_Ending", int]:
+        """Add tokens until one ends the request: why it ended, and how many were added. ``told``: what its guide says."""
         known, stop_ids, limit, guide = request.token_ids, request.stop_ids, request.token_limit, request.guide
-        taken, took = (len(tokens), "more") if guide is None else guide.took()
+        taken, took = told
         for kept, token in enumerate(tokens, start=1):
             if guide is not None and kept > taken:  # also an end-of-text where the grammar allows none
                 return _Ending("error", error=guide.problem), kept - 1

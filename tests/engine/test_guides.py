@@ -63,9 +63,7 @@ def take(guide: AnyGuide, tokenizer: Tokenizer, text: str) -> str:
     return said
 
 
-def test_it_holds_from_the_start(
-    grammars: Grammars, tokenizer: Tokenizer, allowed: Callable[[AnyGuide], set[int]]
-) -> None:
+def test_it_holds_from_the_start(grammars: Grammars, tokenizer: Tokenizer, allowed: Callable[[AnyGuide], set[int]]) -> None:
     guide = guide_of(grammars, Grammar("regex", "[0-9]{2}x"))
     assert {tokenizer.token_text(t)[0] for t in allowed(guide)} == set("0123456789")
     assert take(guide, tokenizer, "42") == "more"
@@ -107,9 +105,7 @@ def test_the_first_token_decides_whether_it_reasons(
     assert take(reasons, tokenizer, "42") == "complete"
 
 
-def test_free_until_a_call_begins(
-    grammars: Grammars, tokenizer: Tokenizer, allowed: Callable[[AnyGuide], set[int]]
-) -> None:
+def test_free_until_a_call_begins(grammars: Grammars, tokenizer: Tokenizer, allowed: Callable[[AnyGuide], set[int]]) -> None:
     opener = tuple(tokenizer.encode("!", False))
     grammar = Grammar("lark", CALL, begins_after=("#", "<call>"), keeps_last=True, opener_ids=opener)
     for text in ("a < b <cal <call>", "!<call> is what I think of # so: <call>"):

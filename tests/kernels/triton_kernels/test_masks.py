@@ -24,7 +24,8 @@ def test_as_the_reference(rule_out: Any, triton_device: torch.device, vocab_size
     generator = torch.Generator().manual_seed(vocab_size)
     logits = torch.randn((6, vocab_size), generator=generator)
     wishes = torch.tensor([[3, 0, 4, 2, 5, 3], [9] * 6], dtype=torch.int32).T.contiguous()  # a row, and something else
-    masks = torch.randint(-(2**31), 2**31, (6, 1 + -(-vocab_size // 32)), generator=generator, dtype=torch.int64).to(torch.int32)
+    shape = (6, 1 + -(-vocab_size // 32))
+    masks = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
     masks[:, 0] = BY_BITS
     masks[0, 1:] = -1  # everything may come
     masks[4, 1:] = 0  # nothing may
