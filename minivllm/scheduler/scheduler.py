@@ -136,11 +136,11 @@ class Scheduler:
         result is not of the oldest plan in flight."""
         if not self._flights or self._flights[0].plan is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} is not the oldest in flight")
-        flight = self._flights.popleft()
+        flight = self._flights[0]
         self._room.step_was_good()
         events: list[TokenEvent] = []
         if result.bad_rows:
-            self._fail_rows([flight.entries[i] for i in result.bad_rows], flight, now, events)
+            self._fail_rows([flight.entries[i] for i in result.bad_rows], now, events)
         live = self._book.live
         if plan.grammar_rows:
             for entry, tokens in zip(flight.entries, result.tokens, strict=True):
@@ -153,6 +153,7 @@ class Scheduler:
                 of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
                 self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
                 entry.request.failures = 0  # only now: what cannot be applied fails again, and must not do so for ever
+        self._flights.popleft()
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
     def _apply_entry(
@@ -227,10 +228,10 @@ class Scheduler:
         self._ledger.num_preempted += 1
         self._book.restart(request)
 
-    def _fail_rows(self, bad: list[Entry], flight: Flight, now: float, events: list[TokenEvent]) -> None:
+    def _fail_rows(self, bad: list[Entry], now: float, events: list[TokenEvent]) -> None:
         """Rows whose logits were not finite. Who wrote such K/V ends; who only shares a block that it wrote since (and so may
         have read it in this very step) starts over; nothing that either of them wrote stays findable."""
-        written_by = {block: uid for f in (flight, *self._flights) for uid, block in f.published}
+        written_by = {block: uid for f in self._flights for uid, block in f.published}
         suspects = {e.request.uid for e in bad if self._book.is_live(e.request)}
         poisoned: set[tuple[int, int]] = set()
         for uid in sorted(suspects):
