@@ -128,6 +128,10 @@ class RunnerConfig:
         Opt("On a GPU: Triton's, or torch's alone; auto: Triton where it is installed. triton with --device cpu needs "
             "TRITON_INTERPRET=1 and runs the GPU's kernels as Python, to look into them.", common=False),
     ] = "auto"
+    num_grammar_workers: Annotated[
+        int | None,
+        Opt("Processes that follow grammars; 0: the engine does; none: by the cores, on a GPU.", low=0, high=256, common=False),
+    ] = None
     enforce_eager: Annotated[bool, Opt("On a GPU: launch every kernel by itself, and capture no graphs.", common=False)] = False
     batch_invariant: Annotated[
         bool, Opt("Logits bitwise the same whatever else is in the batch; costs speed, but nothing with native CPU kernels.")

@@ -38,6 +38,10 @@ WANT_SAMPLE = 1  # logits of the last position and a token from them
 WANT_PROMPT_LOGPROBS = 2  # logprobs of the prompt's tokens that follow those of the chunk
 WANT_POOL = 4  # the final hidden state instead of a token
 
+# What the first word of a row's grammar mask says; a token's id says that it alone may come.
+ANY_TOKEN = -1
+BY_BITS = -2  # those that have a bit in the words behind
+
 
 class Grammar(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a text has to be. ``text/grammar.py`` makes it of what clients send, and says what each kind's ``source`` is."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minivllm.engine.grammars import Guide
+from minivllm.engine.guide import Guide
 from minivllm.errors import InvalidRequest
 from minivllm.llm import LLM, Completion
 from minivllm.text.grammar import choice_grammar, json_grammar, text_grammar
@@ -48,9 +48,9 @@ REQUESTS: Sequence[tuple[str, SamplingParams]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def make_llm(bundled_model: Path) -> Callable[..., LLM]:
-    return lambda **options: LLM(str(bundled_model), **{**OPTIONS, **options})
+@pytest.fixture(scope="module", params=[0, 3], ids=["followed here", "in workers"])
+def make_llm(bundled_model: Path, request: pytest.FixtureRequest) -> Callable[..., LLM]:
+    return lambda **options: LLM(str(bundled_model), **{**OPTIONS, "num_grammar_workers": request.param, **options})
 
 
 def texts(llm: LLM, requests: Sequence[tuple[str, SamplingParams]] = REQUESTS) -> list[tuple[tuple[int, ...], str, Any]]:
@@ -62,7 +62,7 @@ def texts(llm: LLM, requests: Sequence[tuple[str, SamplingParams]] = REQUESTS) -
 @pytest.fixture(scope="module")
 def alone(make_llm: Callable[..., LLM]) -> list[tuple[tuple[int, ...], str, Any]]:
     """Every request by itself, one after the other."""
-    llm = make_llm(max_num_seqs=1, enable_prefix_caching=False)
+    llm = make_llm(max_num_seqs=1, enable_prefix_caching=False, num_grammar_workers=0)
     return [text for request in REQUESTS for text in texts(llm, [request])]
 
 
@@ -113,6 +113,7 @@ def test_the_same_text_whatever_the_scheduler_does(
 
 def test_certain_tokens_take_no_steps_of_their_own(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm()
+    llm.generate(["A"], asked(choice_grammar(["yes"])))  # who follows has begun
     request = REQUESTS[-1]
     steps = {}
     for logprobs in (None, 0):
@@ -168,7 +169,7 @@ def test_grammars_that_cannot_be_followed(make_llm: Callable[..., LLM]) -> None:
 
 
 def test_a_fault_in_following_ends_that_request(make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = make_llm()
+    llm = make_llm(num_grammar_workers=0)
     wanted = llm.generate(["The"], asked(None, max_tokens=6, ignore_eos=True))[0].token_ids
 
     def broken(self: Guide, taken: bool) -> Any:

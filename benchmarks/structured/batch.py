@@ -1,12 +1,13 @@
 """What grammars cost a batch: 64 rows with 32 different schemas, and the same rows without.
 
     python -m benchmarks.structured.batch [--model A|tiny|bundled] [--rows 64] [--tokens 256] [--repeats 3] [--tokenizer FOLDER]
-        [--temperature 0]
+        [--temperature 0] [--workers 12] [--profile]
 
 Both run to the same length: the schemas ask for arrays that are longer. "sampled": every token is sampled under its mask, also
 where the grammar leaves no choice (that is how it is with logprobs). "with certain tokens": those are computed in one step with
 what follows them, as requests get it that ask for no logprobs. The rows take turns, so that all share whatever else the machine
-does, and the median counts. ``--tokenizer``: a real vocabulary in place of the shape's made-up one, for ids that both have.
+does, and the median counts. ``--profile``: then once more with clocks in the host's loop (``pieces.py``). ``--tokenizer``: a
+real vocabulary in place of the shape's made-up one, for ids that both have.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.shapes import MODELS, MODELS_FOLDER
+from benchmarks.structured.pieces import timed_pieces
 from minivllm import LLM, SamplingParams
 from minivllm.engine.grammars import Grammars
 from minivllm.text.grammar import json_grammar
@@ -56,12 +58,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the same few tokens again and again")
+    parser.add_argument("--workers", type=int, help="processes that follow grammars")
+    parser.add_argument("--profile", action="store_true")
     found = parser.parse_args()
     options: dict[str, Any] = {"max_num_seqs": found.rows, "max_model_len": 1024}
     folder = None
     if found.model != "bundled":
         model = MODELS[found.model]
         folder, options = str(model.folder(found.models_folder)), {**model.options, **options}
+    if found.workers is not None:
+        options["num_grammar_workers"] = found.workers
     if found.tokenizer is not None:
         options["tokenizer"] = str(found.tokenizer)
     llm = LLM(folder, **options) if folder else LLM(**{**options, "max_model_len": None})
@@ -92,6 +98,12 @@ def main() -> None:
     for name, each in rates.items():
         middle = statistics.median(each)
         print(f"{name:<20} {middle:>10,.0f} tokens/s  {middle / base:6.3f} of no grammar  {steps[name]:>5} steps")
+    for name, (sampling, hurries) in cases.items() if found.profile else ():
+        counted = _prepared(llm, hurries)
+        with timed_pieces() as clocks:
+            llm.generate(prompts, sampling)
+        print(f"{name}, with clocks:")
+        clocks.report(counted[0])
     shape = {"rows": found.rows, "tokens": found.tokens, "temperature": found.temperature}
     record = {"model": found.model, "device": llm.info.device, **shape, "rates": rates}
     print(json.dumps(record))

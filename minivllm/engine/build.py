@@ -6,11 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llguidance import LLTokenizer
-
 from minivllm.config import Config
 from minivllm.engine.engine import Engine
-from minivllm.engine.grammars import Grammars
+from minivllm.engine.grammars import Grammars, GrammarSizes
 from minivllm.errors import InvalidOption
 from minivllm.kv.allocator import Allocator
 from minivllm.models.hub import fetch_model
@@ -21,12 +19,14 @@ from minivllm.runner.loader import map_weights
 from minivllm.runner.runner import MakeSampler
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.text.grammar import vocabulary
+from minivllm.text.helper import Words
 from minivllm.text.tokenizer import load_tokenizer
 from minivllm.types import EngineInfo
 
 log = logging.getLogger("minivllm")
 MOST_MASK_THREADS = 8  # beyond these, a step's masks take no less time
+MOST_GUIDE_WORKERS, LEAST_GUIDE_WORKERS = 12, 2
+CORES_OF_LOOPS = 3  # the engine's, the server's and one for whatever else runs
 
 
 def prepare_engine(config: Config) -> Callable[[Config], Engine]:
@@ -59,20 +59,30 @@ def build_engine(config: Config, make_sampler: MakeSampler | None = None, prepar
             "lower the other."
         )
     runner, info = build_runner(config, make_sampler, prepared)
-    grammars = Grammars(partial(_vocabulary, config, info), info.vocab_size, mask_threads(config))
+    sizes = GrammarSizes(info.vocab_size, info.max_num_seqs, mask_threads(config), guide_workers(config, info))
+    grammars = Grammars(partial(_words, config, info), sizes)
     scheduler, overlap = make_scheduler(config, info), overlap_of(config, info)
     return Engine(scheduler, LocalExecutor(runner), info, time.monotonic, overlap, grammars)
 
 
-def _vocabulary(config: Config, info: EngineInfo) -> LLTokenizer:
+def _words(config: Config, info: EngineInfo) -> Words:
     """The model's vocabulary for grammars. Raises ``StartupError`` subclasses when its tokenizer cannot be read."""
-    folder = Path(config.model.tokenizer or config.model.model)
-    return vocabulary(load_tokenizer(folder), info.vocab_size, info.eos_token_ids)
+    tokenizer = load_tokenizer(Path(config.model.tokenizer or config.model.model))
+    size = max(info.vocab_size, tokenizer.vocab_size)
+    return Words(tokenizer.as_json(), size, tokenizer.known_ids(info.eos_token_ids))
 
 
 def mask_threads(config: Config) -> int:
     """Threads that compute grammar masks; while they do, those of a model on the CPU wait."""
     return min(MOST_MASK_THREADS, config.runner.num_threads or num_cores())
+
+
+def guide_workers(config: Config, info: EngineInfo) -> int:
+    """Processes that follow grammars. Beside a model on the CPU they would take its cores; few gain nothing."""
+    if config.runner.num_grammar_workers is not None:
+        return config.runner.num_grammar_workers
+    spare = num_cores() - CORES_OF_LOOPS
+    return min(MOST_GUIDE_WORKERS, spare) if info.device != "cpu" and spare >= LEAST_GUIDE_WORKERS else 0
 
 
 def make_scheduler(config: Config, info: EngineInfo) -> Scheduler:

@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from minivllm.engine.grammars import Grammars, Guide
+from minivllm.engine.grammars import AnyGuide, Grammars
 from minivllm.engine.pace import Pace
 from minivllm.errors import (
     DeviceLost,
@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         self.info = info
         self._grammars = grammars
-        self._preparing: dict[str, tuple[GenerateRequest, Future[Guide]]] = {}  # whose grammars are being made
+        self._preparing: dict[str, tuple[GenerateRequest, Future[AnyGuide]]] = {}  # whose grammars are being made
         self._pause_later: set[str] = set()  # of these, those that are to be paused
         self._scheduler = scheduler
         self._executor = executor
@@ -248,17 +248,18 @@ class Engine:
         """Sample a step with grammar rows; the tokens of all steps before it are known."""
         if self._grammars is None:
             raise RuntimeError("a plan has grammar rows, but nobody follows grammars")
-        ours = cast("list[tuple[Guide, int] | None]", self._scheduler.guides(plan))  # the scheduler was given no others
-        pending.sample(self._grammars.masks(ours))
+        ours = cast("list[tuple[AnyGuide, int] | None]", self._scheduler.guides(plan))  # the scheduler was given no others
+        pending.sample(self._grammars.masks(plan.grammar_rows, ours))
 
     def check(self) -> None:
         """Raise RuntimeError when an invariant of the scheduler is broken."""
         self._scheduler.check()
 
 
-def _follow(request: GenerateRequest, guide: Guide) -> Guide:
+def _follow(request: GenerateRequest, guide: AnyGuide) -> AnyGuide:
     """A guide that has seen what the request brings of its output. Raises ``InvalidRequest`` for one that does not fit."""
-    for token_id in request.prior_output_ids:
-        if guide.take(token_id) != "more":
+    if request.prior_output_ids:
+        guide.tell(request.prior_output_ids)
+        if guide.took()[1] != "more":
             raise InvalidRequest("The prior output does not fit the grammar, or ends it.", "grammar")
     return guide

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minivllm.kernels.matrix import Matrix
+from minivllm.types import ANY_TOKEN, BY_BITS
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
@@ -169,15 +170,22 @@ def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> RowLogprobs:
     return RowLogprobs((mine - norm)[:, 0], ranks, best.indices[:, :num_top].to(torch.int32), top)
 
 
-def rule_out(logits: Tensor, places: Tensor, masks: Tensor) -> None:
-    """Set logits [num_rows, vocab] float32 to minus infinity where a mask has no bit, in rows ``places`` [n] int64.
+def rule_out(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Set logits [n, vocab] float32 to minus infinity where the mask of their row lets no token come; ``rows`` [n] integers.
 
-    ``masks`` [n, ceil(vocab / 32)] int32: bit t % 32 of word t // 32 is set when token t may come.
+    ``masks`` [rows, 1 + ceil(vocab / 32)] int32: what the first word says (``types.ANY_TOKEN``); of those behind it, bit t % 32
+    of word t // 32 is set when token t may come.
     """
     shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
-    for place, mask in zip(places.tolist(), masks, strict=True):  # row by row: spread out, a mask is as large as the logits
-        bits = (mask[:, None] >> shifts) & 1  # [words, 32]
-        logits[place].masked_fill_(bits.view(-1)[: logits.shape[1]] == 0, -torch.inf)
+    for place, row in enumerate(rows.tolist()):  # row by row: spread out, a mask is as large as the logits
+        says = int(masks[row, 0])
+        if says == BY_BITS:
+            bits = (masks[row, 1:, None] >> shifts) & 1  # [words, 32]
+            logits[place].masked_fill_(bits.view(-1)[: logits.shape[1]] == 0, -torch.inf)
+        elif says != ANY_TOKEN:
+            kept = logits[place, says].clone()
+            logits[place].fill_(-torch.inf)
+            logits[place, says] = kept
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -65,7 +65,7 @@ def make_runner(
     runs, draw = Runs(), Draw(chip)
     rows = Rows(most, sizes.max_model_len, kv.block_size, 1, runs)
     items = most_items(most, cast(DeviceAttention, setup.attention).shared_shape)
-    stage_sizes = StageSizes(most, sizes.max_num_tokens, sizes.max_model_len, spec.hidden_size, items)
+    stage_sizes = StageSizes(most, sizes.max_num_tokens, sizes.max_model_len, spec.hidden_size, spec.vocab_size, items)
     stage = Stage(stage_sizes, rows, StepKernels(chip, kv.block_size, most), setup.dtype, setup.device)
     make = make_sampler or partial(DeviceSampler, kernels=(draw, Cutoff(chip)))
     scratch = allocate(setup.attention, kv.dtype, spec.num_layers, 2, setup.device)
@@ -150,7 +150,7 @@ def _filters(runner: DeviceRunner, chip: Chip, num_rows: int) -> None:
     chosen = counts.to(torch.int64)
     for num_top in TOPS:
         runner.ops.logprobs(logits, chosen, min(num_top, logits.shape[1]))
-    runner.ops.rule_out(logits, chosen, counts.new_empty((num_rows, -(-logits.shape[1] // 32))))
+    runner.ops.rule_out(logits, wishes[:, 0], runner.stage.masks)
 
 
 def _each_layer_once(spec: ModelSpec) -> ModelSpec:

@@ -1,9 +1,10 @@
 """The runner of a device that runs behind the host: same promises as ``Runner``, but nothing is waited for.
 
 A step is one copy (its page), a kernel or two for what is new, and two pieces: the *body* from token ids to hidden states, and
-the *head*: logits, the drawn tokens, and these put where the next step reads them. Each piece is replayed as a graph where one
-was captured (``runner/graphs.py``). Then a copy of the tokens back to the host is asked for; ``Pending.result`` waits for that
-copy and for nothing else, and at depth 1 it does so while the next step is running.
+the *head*: logits, the drawn tokens, and these put where the next step reads them. Rows that follow a grammar have their masks
+brought before a head that looks at them. Each piece is replayed as a graph where one was captured (``runner/graphs.py``).
+Then a copy of the tokens back to the host is asked for; ``Pending.result`` waits for that copy and for nothing else, and at
+depth 1 it does so while the next step is running.
 
 What only some requests ask of sampling (penalties, top-p and the like) runs as an eager tail in place of the head piece.
 """
@@ -27,17 +28,16 @@ from minivllm.runner.graphs import Graphs, Part, ladder
 from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_prompt, by_work, to_host, told
 from minivllm.runner.page import Runs
 from minivllm.runner.rows import Int64, PlanError, Rows, RowStep
-from minivllm.runner.runner import Loaded, Masks, RowSampler, guided_places, refuse_unbuilt, take_differences
+from minivllm.runner.runner import Loaded, Masks, RowSampler, check_guided, refuse_unbuilt, take_differences
 from minivllm.runner.seating import Int32, Seater
 from minivllm.runner.stage import Stage
 from minivllm.types import StepPlan, StepResult, StepTimes, TokenLogprobs
 
-DECODE, SHARED, MIXED, HEAD = "decode", "decode that shares", "mixed", "head"
+DECODE, SHARED, MIXED, HEAD, GUIDED = "decode", "decode that shares", "mixed", "head", "head under masks"
 LEAST_MIXED = 16  # tokens: smaller steps with a prompt in them are padded up to this
 MAX_CAPTURED_TOKENS = 2048  # larger steps keep the device busy for longer than their launches take
 
 
-Guided = tuple[Int64, Masks]  # places among the rows that get a token, and their masks
 Captured = Mapping[str, Sequence[int]]
 
 
@@ -45,7 +45,8 @@ def captured_sizes(max_num_seqs: int, max_num_tokens: int, *, shares: bool) -> C
     """The sizes of each part that are worth a graph. ``shares``: the backend looks at common beginnings."""
     rows = ladder(max_num_seqs)
     tokens = ladder(min(MAX_CAPTURED_TOKENS, max_num_tokens))
-    return {DECODE: rows, SHARED: rows if shares else (), MIXED: tuple(n for n in tokens if n >= LEAST_MIXED), HEAD: rows}
+    mixed = tuple(n for n in tokens if n >= LEAST_MIXED)
+    return {DECODE: rows, SHARED: rows if shares else (), MIXED: mixed, HEAD: rows, GUIDED: rows}
 
 
 @runtime_checkable
@@ -76,14 +77,15 @@ class DevicePending:
     def sample(self, masks: Masks | None = None) -> None:
         """Launch the head and ask for the tokens. ``masks``: of the plan's grammar rows, computed while the body ran."""
         sampled = None if self.step is None else self.step.rows[self.step.sampling]
-        guided = None if masks is None else (guided_places(self.plan, masks, sampled), masks)
-        if guided is None and self.plan.grammar_rows:
-            raise PlanError(f"the plan has {len(self.plan.grammar_rows)} grammar rows, but no masks came")
+        check_guided(self.plan, masks, sampled)
         self.done = True
-        if self.step is not None and len(self.step.sampling):
+        if self.step is not None and sampled is not None and len(sampled):
             with self.runner.failing_whole():
-                self.asking = self.runner.logprob_rows.asking(self.step.rows[self.step.sampling])
-                self.tokens, self.logprobs, self.arrived = self.runner.sample(self.step, self.plain, self.asking, guided)
+                if masks is not None:
+                    self.runner.stage.send_masks(masks, int(sampled.max()) + 1)
+                self.asking = self.runner.logprob_rows.asking(sampled)
+                found = self.runner.sample(self.step, self.plain, self.asking, guided=masks is not None)
+                self.tokens, self.logprobs, self.arrived = found
         self.runner.graphs.capture_missed()
 
     def result(self) -> StepResult:
@@ -131,8 +133,9 @@ class DeviceRunner:
             SHARED: lambda size: self.body(size, True, None, shared=True),
             MIXED: lambda size: self.body(size, False, None),
             HEAD: self.head,
+            GUIDED: self.guided_head,
         }
-        parts = {name: Part(run, captured.get(name, ()), name != SHARED) for name, run in runs_of.items()}
+        parts = {name: Part(run, captured.get(name, ()), name not in (SHARED, GUIDED)) for name, run in runs_of.items()}
         self.graphs = Graphs(parts, stage.blank, stage.device)
 
     @torch.inference_mode()
@@ -202,32 +205,27 @@ class DeviceRunner:
         token_ids, finite = self._draw.draw(logits, wishes)
         self._put(token_ids, finite, wishes)
 
-    def guided_head(self, num_rows: int, guided: Guided) -> None:
+    def guided_head(self, num_rows: int) -> None:
         """As ``head``, where some of the rows follow a grammar. What it rules out is not looked at, whatever it is."""
         logits, wishes = self.decoder.head(self.stage.sampled[:num_rows]), self.stage.wishes[:num_rows]
-        self._rule_out(logits, guided)
+        self.ops.rule_out(logits, wishes[:, 0], self.stage.masks)
         token_ids, finite = self._draw.draw(logits, wishes, masked=True)
         self._put(token_ids, finite, wishes)
-
-    def _rule_out(self, logits: Tensor, guided: Guided) -> None:
-        self.ops.rule_out(logits, *(to_device(page, logits.device) for page in guided))
 
     def _put(self, token_ids: Tensor, finite: Tensor, wishes: Tensor) -> None:
         """Put tokens [num_rows] where the next step and the host read them."""
         self.stage.kernels.put(token_ids, finite, wishes, self.stage.tokens, self.stage.chosen[: len(token_ids)])
 
     def sample(
-        self, step: RowStep, plain: bool, asking: Asking | None, guided: Guided | None
+        self, step: RowStep, plain: bool, asking: Asking | None, *, guided: bool
     ) -> tuple[npt.NDArray[np.int32], RowLogprobs | None, torch.cuda.Event | None]:
         """Launch the head; the tokens and the logprobs as they will stand on the host, and the event after which they do."""
         count, logprobs = len(step.sampling), None
-        if plain and guided is not None:
-            self.guided_head(count, guided)
-        elif not plain:
-            found = self.tail(step, asking, guided)
+        if not plain:
+            found = self.tail(step, asking, guided=guided)
             logprobs = None if found is None else to_host(found)
-        elif not self.graphs.run(HEAD, count):
-            self.head(count)
+        elif not self.graphs.run(GUIDED if guided else HEAD, count):
+            (self.guided_head if guided else self.head)(count)
         if self.stage.device.type != "cuda":
             return self.stage.chosen[:count].numpy().copy(), logprobs, None
         host = torch.empty(count, dtype=torch.int32, pin_memory=True)
@@ -236,7 +234,7 @@ class DeviceRunner:
         arrived.record()
         return host.numpy(), logprobs, arrived
 
-    def tail(self, step: RowStep, asking: Asking | None = None, guided: Guided | None = None) -> RowLogprobs | None:
+    def tail(self, step: RowStep, asking: Asking | None = None, *, guided: bool = False) -> RowLogprobs | None:
         """In place of ``head``, for rows that ask for anything that the sampler knows, or for logprobs, which it gives."""
         count = len(step.sampling)
         logits = self.decoder.head(self.stage.sampled[:count])  # [num_sampled, vocab] float32
@@ -244,8 +242,8 @@ class DeviceRunner:
         logits.masked_fill_(~finite[:, None], 0.0)  # a sampler need not know what to do with NaN
         where = None if asking is None else to_device(asking.places, logits.device)
         raw = None if where is None else logits[where]
-        if guided is not None:
-            self._rule_out(logits, guided)
+        if guided:
+            self.ops.rule_out(logits, self.stage.wishes[:count, 0], self.stage.masks)
         rows, positions = step.rows[step.sampling], step.ends[step.sampling]
         token_ids = self.sampler.sample(logits, rows, positions, self.stage.tokens)
         self._put(token_ids, finite, self.stage.wishes[:count])

@@ -28,7 +28,7 @@ from minivllm.runner.logprobs import Asking, LogprobRows, PromptLogprobs, by_pro
 from minivllm.runner.rows import Int64, PlanError, Rows, TokenTable, fault_of
 from minivllm.types import WANT_POOL, CopyBlock, NewRow, StepPlan, StepResult, StepTimes, TokenLogprobs
 
-Masks = npt.NDArray[np.int32]  # [grammar rows of a plan, words of 32 tokens]
+Masks = npt.NDArray[np.int32]  # [max_num_seqs, 1 + words of 32 tokens], by row: see ``reference.rule_out``
 
 
 class AnyRunner(Protocol):
@@ -52,7 +52,7 @@ class AnyPending(Protocol):
     """A launched step."""
 
     def sample(self, masks: Masks | None = None) -> None:
-        """Run the head and choose tokens; ``masks`` [grammar rows, words of 32 tokens]: see ``reference.rule_out``."""
+        """Run the head and choose tokens; ``masks`` are wanted where the plan has grammar rows."""
 
     def result(self) -> StepResult:
         """Wait for the tokens; row i of the result is the plan's work i."""
@@ -105,13 +105,13 @@ class Pending:
     @torch.inference_mode()
     def sample(self, masks: Masks | None = None) -> None:
         """Run the head and choose tokens. ``masks`` are those of the plan's grammar rows, computed while the body ran."""
-        guided = guided_places(self.plan, masks, None if self.sampled is None else self.sampled.rows)
+        check_guided(self.plan, masks, None if self.sampled is None else self.sampled.rows)
         self.done = True
         if self.hidden is not None and self.sampled is not None:
             with faults_of(self.hidden.device):
-                self._sample(self.hidden, self.sampled, guided, masks)
+                self._sample(self.hidden, self.sampled, masks)
 
-    def _sample(self, hidden: Tensor, chosen: Sampled, guided: Int64, masks: Masks | None) -> None:
+    def _sample(self, hidden: Tensor, chosen: Sampled, masks: Masks | None) -> None:
         logits = self.runner.decoder.head(hidden)  # [num_sampled, vocab]
         self.bad = ~self.runner.ops.choose(logits)[1]
         if logits.device.type != "cpu" or bool(self.bad.any()):  # another device must not be asked: that would wait for it
@@ -120,7 +120,8 @@ class Pending:
         where = None if self.asking is None else to_device(self.asking.places, logits.device)
         raw = None if where is None else logits[where]
         if masks is not None:
-            self.runner.ops.rule_out(logits, to_device(guided, logits.device), to_device(masks, logits.device))
+            of_rows = to_device(masks[: int(chosen.rows.max()) + 1, : 1 + -(-logits.shape[1] // 32)], logits.device)
+            self.runner.ops.rule_out(logits, chosen.device_rows, of_rows)
         self.token_ids = self.runner.sampler.sample(logits, chosen.rows, chosen.positions, self.runner.table.tokens)
         if self.asking is not None and raw is not None and where is not None:
             self.logprobs = self.runner.ops.logprobs(raw, self.token_ids[where], self.asking.most)
@@ -185,15 +186,13 @@ class Runner:
         return False
 
 
-def guided_places(plan: StepPlan, masks: Masks | None, sampled: Int64 | None) -> Int64:
-    """Which of the rows ``sampled`` [num_sampled] the masks are of, in the plan's order. Raises ``PlanError``."""
-    rows = np.array(plan.grammar_rows, dtype=np.int64)
-    if len(rows) != (0 if masks is None else len(masks)):
-        raise PlanError(f"the plan has {len(rows)} grammar rows, but {0 if masks is None else len(masks)} masks came")
-    places = np.flatnonzero(np.isin(np.empty(0, dtype=np.int64) if sampled is None else sampled, rows))
-    if len(places) != len(rows):
+def check_guided(plan: StepPlan, masks: Masks | None, sampled: Int64 | None) -> None:
+    """Raise ``PlanError`` unless masks came if there are grammar rows; ``sampled`` [num_sampled]: rows that get a token."""
+    if (masks is not None) != bool(plan.grammar_rows):
+        came = "none" if masks is None else "some"
+        raise PlanError(f"the plan has {len(plan.grammar_rows)} grammar rows, but of masks {came} came")
+    if not set(plan.grammar_rows).issubset(() if sampled is None else sampled.tolist()):
         raise PlanError("a grammar row of the plan does not sample in this step")
-    return places
 
 
 def take_differences(runner: AnyRunner, plan: StepPlan, device: torch.device) -> None:

@@ -2,13 +2,17 @@
 
 A captured step is a list of kernels with their addresses; what changes from step to step must stand where it stood when the
 list was made. Here are these places: the page (``runner/page.py``), the tables of tokens and blocks by row, the tokens of the
-step, the hidden states that logits are wanted of, and the tokens that were chosen. The last row of the tables is scratch: what
-a padded place of a step would write goes there.
+step, the hidden states that logits are wanted of, grammar masks by row, and the tokens that were chosen. The last row of the
+tables is scratch: what a padded place of a step would write goes there.
 """
 
+import contextlib
+import logging
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,8 +23,34 @@ from minivllm.models.decoder import ForwardBatch
 from minivllm.runner.page import RUN_FIELDS, PageLayout, Runs, fill
 from minivllm.runner.rows import Rows, RowStep
 from minivllm.runner.seating import Int32, Seating
+from minivllm.types import ANY_TOKEN
 
+Masks = npt.NDArray[np.int32]  # [max_num_seqs, 1 + words of 32 tokens or more], by row
 MAX_PAGE = 2**22  # integers; what a step brings beyond that goes on pages of its own
+
+log = logging.getLogger("minivllm")
+
+
+class MaskPage:
+    """The host's masks, in memory that the device reads by itself where that can be had. Never changes."""
+
+    def __init__(self, masks: Masks, device: torch.device) -> None:
+        self.masks, self._page = masks, torch.from_numpy(masks)
+        self._copies = device.type == "cuda"  # through a pinned page of each step's own
+        if device.type == "cuda":
+            address, cuda = self._page.data_ptr(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if int(cuda.cudaHostRegister(address, masks.nbytes, 0)) == 0:
+                weakref.finalize(self, cuda.cudaHostUnregister, address)
+                self._copies = False
+            else:
+                log.warning("Grammar masks are copied once more in each step: their memory cannot be pinned.")
+                with contextlib.suppress(RuntimeError):  # the next launch would be blamed for it
+                    torch.zeros(1, device=device)
+
+    def first(self, num_rows: int, words: int) -> Tensor:
+        """Those of the first rows, ready for a copy that nobody waits for."""
+        part = self._page[:num_rows, :words]
+        return part.pin_memory() if self._copies else part
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class StageSizes:
     max_num_tokens: int  # of one step, padding included
     max_model_len: int
     hidden_size: int
+    vocab_size: int
     max_items: int = 0  # see ``PageLayout``
 
 
@@ -53,6 +84,8 @@ class Stage:
         self.token_ids, self.positions, self.slots = (zeros(sizes.max_num_tokens, dtype=torch.int64) for _ in range(3))
         self.sampled = zeros(num_rows, sizes.hidden_size, dtype=dtype)  # hidden states whose logits are wanted
         self.chosen = zeros(num_rows)
+        self.masks = zeros(num_rows + 1, 1 + -(-sizes.vocab_size // 32)).fill_(ANY_TOKEN)  # see ``reference.rule_out``
+        self._mask_page: MaskPage | None = None  # where they come from
 
         self._blank = zeros(self.layout.runs)
         self._blank[self.layout.wishes : self.layout.seats : NUM_WISHES] = self.scratch_row
@@ -81,6 +114,13 @@ class Stage:
             self.kernels.scatter(self.page, heads, longest, self.tokens, self.blocks)
         runs.clear()
         return starts
+
+    def send_masks(self, masks: Masks, num_rows: int) -> None:
+        """Bring the masks of the first ``num_rows`` rows to the device. The host may write them again when what was drawn under
+        them is known."""
+        if self._mask_page is None or self._mask_page.masks is not masks:
+            self._mask_page = MaskPage(masks, self.device)
+        self.masks[:num_rows].copy_(self._mask_page.first(num_rows, self.masks.shape[1]), non_blocking=True)
 
     def blank(self) -> None:
         """Put a step without rows on the page: all of it is padding."""

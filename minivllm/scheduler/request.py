@@ -41,8 +41,12 @@ class Guide(Protocol):
     def problem(self) -> str:
         """Why a token was refused, for the client's eyes."""
 
-    def take(self, token_id: int) -> Took:
-        """The text goes on with this token. "complete": nothing may follow it; "refused": it should not have come."""
+    def tell(self, token_ids: Sequence[int]) -> None:
+        """The text goes on with these tokens. All guides of a step are told before any is asked what it took."""
+
+    def took(self) -> tuple[int, Took]:
+        """How many of these tokens it took, and what came of the last: "complete": nothing may follow it; "refused": the one
+        behind those that were taken should not have come."""
 
 
 class Request:

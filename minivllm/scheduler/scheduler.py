@@ -23,7 +23,7 @@ from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.planner import Planner
 from minivllm.scheduler.recovery import Recovery
-from minivllm.scheduler.request import Guide, Request
+from minivllm.scheduler.request import Guide, Request, Took
 from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
     GUIDE_FAULT,
@@ -180,7 +180,8 @@ class Scheduler:
         self._room.step_was_good()
         bad = [flight.entries[i].request for i in result.bad_rows]
         events = self._recovery.rows_failed(bad, now) if bad else []
-        live, failed = self._book.live, False
+        failed = self._tell_guides(flight, result, events, now) if plan.grammar_rows else False
+        live = self._book.live
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 before = len(events)
@@ -200,6 +201,21 @@ class Scheduler:
             self.check()
         return EngineOutput(tuple(events), self._record(flight, result.times, now))
 
+    def _tell_guides(self, flight: Flight, result: StepResult, events: list[TokenEvent], now: float) -> bool:
+        """Tell the guides of a step its tokens, all of them before any is asked what it makes of them: some are in other
+        processes. True: one of them failed."""
+        failed = False
+        for entry, tokens in zip(flight.entries, result.tokens, strict=True):
+            guide = entry.request.guide
+            if guide is not None and tokens and self._book.live.get(entry.request.uid) is entry.request:
+                try:
+                    guide.tell((*entry.forced, *tokens) if entry.forced else tokens)
+                except Exception:
+                    log.exception("request %s failed when its guide was to follow it", entry.request.spec.id)
+                    events.append(self._recovery.end(entry.request, now))
+                    failed = True
+        return failed
+
     def _apply_entry(
         self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent], found: tuple[_Logprobs, _Logprobs]
     ) -> None:
@@ -218,17 +234,18 @@ class Scheduler:
             if of_prompt:
                 events.append(TokenEvent(request.spec.id, (), num_cached=request.cached or 0, prompt_logprobs=of_prompt))
             return
-        known = request.token_ids
-        end = _GOES_ON
-        if (
-            request.guide is None
-            and request.repetition is None
-            and (len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit)
+        known, end = request.token_ids, _GOES_ON
+        took: tuple[int, Took] = len(tokens), "more"
+        if request.guide is not None:
+            took = request.guide.took()
+            tokens = (*entry.forced, *tokens) if entry.forced else tokens
+        if request.repetition is None and took[1] == "more" and (
+            len(tokens) == 1 and tokens[0] not in request.stop_ids and len(known) + 1 < request.token_limit
         ):
             known.append(tokens[0])  # what nearly every row of nearly every step does
         else:
-            end, kept = self._append(request, (*entry.forced, *tokens))
-            tokens = (*entry.forced, *tokens)[:kept]
+            end, kept = self._append(request, tokens, took)
+            tokens = tokens[:kept]
             logprobs = logprobs[:kept]
         if tokens:  # none where the first was refused
             self._ledger.tokens(request, len(tokens), now)
@@ -244,18 +261,18 @@ class Scheduler:
         if end.reason is not None:
             self._end(request, end.reason, now)
 
-    def _append(self, request: Request, tokens: Sequence[int]) -> tuple["_Ending", int]:
-        """Add tokens until one ends the request: why it ended, and how many were added."""
+    def _append(self, request: Request, tokens: Sequence[int], told: tuple[int, Took]) -> tuple["_Ending", int]:
+        """Add tokens until one ends the request: why it ended, and how many were added. ``told``: what its guide says."""
         known, stop_ids, limit, guide = request.token_ids, request.stop_ids, request.token_limit, request.guide
+        taken, took = told
         for kept, token in enumerate(tokens, start=1):
-            took = "more" if guide is None else guide.take(token)
-            if guide is not None and took == "refused":  # also an end-of-text where the grammar allows none
+            if guide is not None and kept > taken:  # also an end-of-text where the grammar allows none
                 whose = None if guide.problem == GUIDE_FAULT else REFUSED
                 return _Ending("error", whose, error=guide.problem), kept - 1
             known.append(token)
             if token in stop_ids and request.num_output > request.spec.sampling.min_tokens:
                 return _Ending("stop", token if token in request.spec.sampling.stop_token_ids else None), kept
-            if took == "complete":
+            if kept == taken and took == "complete":
                 return _Ending("stop", complete=True), kept
             if len(known) >= limit:
                 return _Ending("length"), kept

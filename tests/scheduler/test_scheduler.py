@@ -1,6 +1,6 @@
 """The scheduler's promises, one by one, with a runner that notices every mistake in blocks and positions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,8 +11,10 @@ from minivllm.errors import ContextTooLong, InvalidRequest
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.planner import MAX_OVERTAKEN
+from minivllm.scheduler.request import Took
 from minivllm.scheduler.room import GOOD_STEPS, StepRoom
 from minivllm.scheduler.scheduler import Scheduler
+from minivllm.types import GenerateRequest, SamplingParams
 
 
 def prompts(count: int, seed: int = 0, shared: int = 0) -> list[tuple[int, ...]]:
@@ -193,6 +195,55 @@ def test_a_step_that_always_fails_ends_its_requests_with_an_error() -> None:
     bench.add("a", (1, 2, 3), 4)
     bench.run()
     assert [(e.finish_reason, bool(e.error)) for e in bench.events] == [("error", True)]
+    bench.assert_idle()
+
+
+class AnyText:
+    """A guide that takes every token, and breaks when it is asked about the one of number ``breaks_at``."""
+
+    problem = ""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.told, self.seen, self.breaks_at = 0, [], breaks_at
+
+    def ahead(self, skip: int, most: int) -> tuple[int, ...]:
+        return ()
+
+    def tell(self, token_ids: Sequence[int]) -> None:
+        self.told = len(token_ids)
+        self.seen += token_ids
+
+    def took(self) -> tuple[int, Took]:
+        if len(self.seen) == self.breaks_at:
+            raise RuntimeError("a fault of ours")
+        count, self.told = self.told, 0
+        return count, "more"
+
+
+class NoMasks:
+    def masks(self, *_: object) -> None:
+        return None
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_guide_that_breaks_ends_its_own_text(overlap: int) -> None:
+    """A step is told to all guides before any is asked; those behind the one that breaks are asked all the same."""
+    bench = Bench(overlap=overlap)
+    bench.engine._grammars = NoMasks()  # type: ignore[assignment]
+    guides = [AnyText(breaks_at=3), AnyText(), None, AnyText()]
+    for name, guide in zip("abcd", guides, strict=True):
+        if name == "d":
+            for _ in range(20):
+                bench.step()
+        request = GenerateRequest(
+            id=name, prompt_ids=(1, 2, ord(name)), sampling=SamplingParams(max_tokens=6, seed=0, ignore_eos=True), arrival_s=0.0
+        )
+        bench.scheduler.add(request, guide)
+    bench.run()
+    assert {e.id: bool(e.error) for e in bench.events if e.finish_reason} == {"a": True, "b": False, "c": False, "d": False}
+    for name in "bcd":
+        assert bench.text(name) == expected_tokens((1, 2, ord(name)), 6, VOCAB, 0, frozenset())
+    assert guides[3] is not None and guides[3].seen == bench.text("d")
     bench.assert_idle()
 
 

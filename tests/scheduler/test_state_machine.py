@@ -46,11 +46,17 @@ class Certain:
         certain = takewhile(lambda i: i % 7 > 2, range(self.at, len(self.text)))
         return tuple([self.text[i] for i in certain][skip : skip + most])
 
-    def take(self, token_id: int) -> str:
+    def tell(self, token_ids: Sequence[int]) -> None:
+        if self.curse == "tell":
+            raise IndexError("cursed")
+        right = self.text[self.at : self.at + len(token_ids)] == list(token_ids)
+        self.at += len(token_ids)
+        self.taken = (len(token_ids), "more") if right else (0, "refused")
+
+    def took(self) -> tuple[int, str]:
         if self.curse == "apply":
             raise IndexError("cursed")
-        self.at += 1
-        return "more" if self.text[self.at - 1] == token_id else "refused"
+        return self.taken
 
 
 class SchedulerMachine(RuleBasedStateMachine):
