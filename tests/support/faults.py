@@ -14,9 +14,10 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ from minivllm.engine.build import build_engine
 from minivllm.engine.client import LocalClient
 from minivllm.observe.metrics import metrics_for
 from minivllm.server.application import create_app
+from minivllm.text.helper import templates
 from minivllm.text.tokenizer import load_tokenizer
 from minivllm.types import SamplingParams
 
@@ -418,9 +420,12 @@ async def staged(folder: Path, **options: Any) -> AsyncIterator[Stage]:
         "max_num_batched_tokens": 256, "num_gpu_blocks_override": 160, "max_logprobs": 5,
     }  # fmt: skip
     config = make_config(model=str(folder), **{**small, **options})
+    stack = contextlib.ExitStack()
     engine = build_engine(config)
     tokenizer = load_tokenizer(folder)
     at_once = Pacer(1e9)
+    patient = patch("minivllm.text.helper.templates", lambda setup: replace(templates(setup), time_s=600.0))
+    stack.enter_context(patient)  # a helper's limit of time is not what is tried here, and the machine may be busy
     llm = AsyncLLM(LocalClient(engine), tokenizer, config, metrics_for(config, engine.info), at_once)
     run = asyncio.create_task(llm.run())
     try:
@@ -430,6 +435,7 @@ async def staged(folder: Path, **options: Any) -> AsyncIterator[Stage]:
         with contextlib.suppress(asyncio.CancelledError):
             await run
         await llm.close()
+        stack.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------ the trial
@@ -462,6 +468,7 @@ async def inject(stage: Stage, faults: Faults, count: int, seed: int, templates:
         calls.append(by_place)
         faults.counts.clear()
         faults.forget()
+    known_broken = 0
     places = sorted({point.place for point in POINTS})
     while tally.faults.total() < count:
         template, place = rng.randrange(templates), places[tally.faults.total() % len(places)]
@@ -492,8 +499,11 @@ async def inject(stage: Stage, faults: Faults, count: int, seed: int, templates:
                     problems.append("the request that was hit went on")
             else:
                 problems.append(f"request {i} ({'hit' if is_hit else 'another'}) was told {answer}, not {wanted}")
-        tally.broken += [f"{fault}: {problem}" for problem in problems]
+        tally.broken += [f"{fault} in batch {template}: {problem}" for problem in problems]
         report(tally)
+        for line in tally.broken[known_broken:]:
+            print("BROKEN:", line, flush=True)
+        known_broken = len(tally.broken)
         if len(tally.broken) > 20 or stage.run.done():
             break
     return tally
