@@ -161,6 +161,7 @@ class Fault:
     late: bool  # the function has done its work
     calls: int = 0
     fired: int = 0
+    beyond: bool = False  # it struck at a token that the engine computed beyond the end of an answer that was told
 
     def __str__(self) -> str:
         kind = f"{'lasting' if self.lasting else 'single'}{' late' if self.late else ''} {self.error()!r}"
@@ -175,6 +176,7 @@ class Faults:
         self.counts: Counter[tuple[Point, int]] = Counter()  # calls about each request, while ``counting``
         self.fault: Fault | None = None
         self.counting = False
+        self.is_open: Callable[[int], bool] = lambda seed: True  # whether a request that was opened has not had its end
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Faults":
@@ -221,6 +223,8 @@ class Faults:
         fault.calls += 1
         if fault.calls == fault.nth or (fault.lasting and fault.calls > fault.nth):
             fault.fired += 1
+            if fault.fired == 1 and point.where.split(".")[1] in ("engine", "runner", "sampling", "scheduler"):
+                fault.beyond = fault.seed in self.known.of_order.values() and not self.is_open(fault.seed)
             if fault.late:
                 result = call(*args, **more)
                 if asyncio.iscoroutine(result):
@@ -455,6 +459,8 @@ class Tally:
 async def inject(stage: Stage, faults: Faults, count: int, seed: int, templates: int, report: Callable[[Tally], None]) -> Tally:
     """Make ``count`` faults, one in each batch, spread evenly over the places."""
     rng, tally = random.Random(seed), Tally()
+    opened = stage.llm._outputs._open
+    faults.is_open = lambda hit: any(state.sampling.seed == hit for state in list(opened.values()))
     expected, calls = [], []
     for template in range(templates):
         expected.append(await stage.batch(template))
@@ -495,8 +501,7 @@ async def inject(stage: Stage, faults: Faults, count: int, seed: int, templates:
                 tally.ended += 1
             elif answer == wanted:
                 tally.survived += is_hit
-                # The engine computes some tokens more than an answer has that a stop string ends.
-                if is_hit and fault.lasting and not fault.late and "stop" not in requests_of(template)[i][1]:
+                if is_hit and fault.lasting and not fault.late and not fault.beyond:
                     problems.append("the request that was hit went on")
             else:
                 problems.append(f"request {i} ({'hit' if is_hit else 'another'}) was told {answer}, not {wanted}")
