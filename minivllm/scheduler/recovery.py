@@ -24,14 +24,11 @@ class Recovery:
 
     def __init__(self, book: Book, ledger: Ledger, room: StepRoom) -> None:
         self._book, self._ledger, self._room = book, ledger, room
-        self._unexplained = 0  # failures in a row that are no request's
+        self.unexplained = 0  # failures in a row that are no request's
         self.zeroed: list[tuple[int, int]] = []  # (group, block) that the next step is to overwrite with zeros
 
     def went_well(self, request: Request) -> None:
-        """A step with work for it was good."""
-        self._unexplained = 0
-        if not request.failures:
-            return
+        """A step with work for it was good, after some that were not."""
         trials = self._book.trials
         if target := trials.target(request.uid):
             if request.computed < target:
@@ -111,8 +108,8 @@ class Recovery:
     def _suspect(self, requests: Sequence[Request], now: float, out_of_memory: bool) -> list[TokenEvent]:
         """One of these has broken a step."""
         book = self._book
-        self._unexplained = 0 if requests else self._unexplained + 1
-        if self._unexplained > MAX_FAILURES:
+        self.unexplained = 0 if requests else self.unexplained + 1
+        if self.unexplained > MAX_FAILURES:
             raise RuntimeError("steps fail, and that has to do with none of the requests")
         for request in requests:
             request.failures += 1

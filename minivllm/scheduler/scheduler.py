@@ -178,6 +178,7 @@ class Scheduler:
             raise ValueError(f"step {plan.step} has {len(flight.entries)} rows, but results for {len(result.tokens)}")
         self._flights.popleft()
         self._room.step_was_good()
+        self._recovery.unexplained = 0
         bad = [flight.entries[i].request for i in result.bad_rows]
         events = self._recovery.rows_failed(bad, now) if bad else []
         failed = self._tell_guides(flight, result, events, now) if plan.grammar_rows else False
@@ -189,7 +190,8 @@ class Scheduler:
                     found = result.logprobs[i] if result.logprobs else None
                     of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
                     self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
-                    self._recovery.went_well(entry.request)
+                    if entry.request.failures:
+                        self._recovery.went_well(entry.request)
                 except Exception:
                     log.exception("request %s failed when it was to take its tokens", entry.request.spec.id)
                     del events[before:]

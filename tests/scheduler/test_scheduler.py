@@ -7,14 +7,14 @@ import pytest
 from scheduler_bench import VOCAB, Bench
 from token_runner import expected_tokens
 
-from minivllm.errors import ContextTooLong, InvalidRequest
+from minivllm.errors import ContextTooLong, InvalidRequest, OutOfDeviceMemory, RequestFault
 from minivllm.kv.allocator import Allocator
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.planner import MAX_OVERTAKEN
-from minivllm.scheduler.request import Took
+from minivllm.scheduler.request import MAX_EVICTIONS, Took
 from minivllm.scheduler.room import GOOD_STEPS, StepRoom
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import GenerateRequest, SamplingParams
+from minivllm.types import GenerateRequest, SamplingParams, StepPlan
 
 
 def prompts(count: int, seed: int = 0, shared: int = 0) -> list[tuple[int, ...]]:
@@ -260,6 +260,123 @@ def test_out_of_memory_makes_steps_smaller_and_costs_no_token(overlap: int, memo
     bench.expect_all()
     bench.assert_idle()
     assert any("memory: " in r.rest_waits for r in bench.records) == ("memory_rows" in memory)
+
+
+class Cursed:
+    """Breaks every step that has work for one request."""
+
+    def __init__(self, bench: Bench, name: str, error: Exception) -> None:
+        self.bench, self.name, self.error = bench, name, error
+        self.steps = 0
+        bench.runner.breaks = self
+
+    def __call__(self, plan: StepPlan) -> None:
+        live = self.bench.scheduler._book.live
+        if any(work.uid in live and live[work.uid].spec.id == self.name for work in plan.work):
+            self.steps += 1
+            raise self.error
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("error", [ValueError("cursed"), OutOfDeviceMemory("cursed")])
+def test_whose_fault_it_was_is_found_out_and_nobody_else_ends(overlap: int, error: Exception) -> None:
+    bench = Bench(overlap=overlap, max_num_seqs=16, num_blocks=200)
+    cursed = Cursed(bench, "r11", error)
+    for i, prompt in enumerate(prompts(16, shared=9)):
+        bench.add(f"r{i}", prompt, 12)
+        if i % 3 == 0:
+            bench.step()
+    bench.run()
+    del bench.requests["r11"]
+    bench.expect_all()
+    assert {e.id for e in bench.events if e.error} == {"r11"}
+    assert cursed.steps <= 8, "halves of sixteen are few"
+    assert not bench.scheduler._room.reduced, "who wanted the memory is gone"
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_several_culprits_of_a_batch_are_all_found(overlap: int) -> None:
+    bench = Bench(overlap=overlap)
+    live = bench.scheduler._book.live
+
+    def breaks(plan: StepPlan) -> None:
+        if any(work.uid in live and live[work.uid].spec.id in ("r2", "r3", "r7") for work in plan.work):
+            raise KeyError("cursed")
+
+    bench.runner.breaks = breaks
+    for i, prompt in enumerate(prompts(12)):
+        bench.add(f"r{i}", prompt, 6)
+    bench.run()
+    assert {e.id for e in bench.events if e.error} == {"r2", "r3", "r7"}
+    for name in ("r2", "r3", "r7"):
+        del bench.requests[name]
+    bench.expect_all()
+    bench.assert_idle()
+
+
+def test_a_culprit_that_is_named_costs_one_step() -> None:
+    bench = Bench()
+    failed = []
+
+    def breaks(plan: StepPlan) -> None:
+        if any(new.seed == 9 for new in plan.new_rows):
+            failed.append(plan.step)
+            raise RequestFault(next(new.uid for new in plan.new_rows if new.seed == 9))
+
+    bench.runner.breaks = breaks
+    for i, prompt in enumerate(prompts(6)):
+        bench.add(f"r{i}", prompt, 6, sampling={"seed": 9} if i == 4 else {})
+    bench.run()
+    assert len(failed) == 1 and {e.id for e in bench.events if e.error} == {"r4"}
+    del bench.requests["r4"]
+    bench.expect_all()
+
+
+def test_steps_that_fail_without_any_request_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.add("a", (1, 2, 3), 4)
+
+    def broken(draft: object) -> None:
+        raise AssertionError("nobody's fault")
+
+    monkeypatch.setattr(bench.scheduler._planner, "fill", broken)
+    with pytest.raises(RuntimeError, match="none of the requests"):
+        for _ in range(10):
+            bench.step()
+
+
+def test_a_result_that_does_not_fit_its_plan_is_a_failed_step() -> None:
+    bench = Bench()
+    bench.add("a", (1, 2, 3), 4)
+    bench.add("b", (4, 5), 4)
+    plan = bench.scheduler.schedule(0.0)
+    assert plan is not None
+    result = bench.runner.launch(plan).result()
+    with pytest.raises(ValueError, match="2 rows, but results for 1"):
+        bench.scheduler.apply(plan, type(result)(plan.step, result.tokens[:1], result.times), 0.0)
+    bench.scheduler.fail(0.0)
+    bench.run()
+    bench.expect_all()
+
+
+def test_a_request_gives_way_a_few_times_and_then_runs_to_its_end() -> None:
+    """Stronger requests, one after the other, would take its blocks again and again."""
+    bench = Bench(num_blocks=17, max_model_len=64, max_num_seqs=2, scheduling_policy="priority")
+    bench.add("weak", tuple(range(20)), 40, priority=9)
+    live, most, strong = bench.scheduler._book.by_id, 0, 0
+    while "weak" in live and strong < 20:
+        bench.step()
+        weak = live.get("weak")
+        if weak is not None and weak.running and len(live) == 1:
+            strong += 1
+            length = max(1, 4 * (14 - len(bench.kv.held_blocks(weak.uid))) - 3)  # it fits, but soon not beside the weak one
+            bench.add(f"strong{strong}", (strong, *range(length)), 62 - length, priority=0)
+        most = max(most, 0 if weak is None else weak.evictions)
+    assert most == MAX_EVICTIONS
+    assert [e.finish_reason for e in bench.events if e.id == "weak"][-1] == "length"
+    bench.run()
+    bench.expect_all()
 
 
 def test_memory_that_is_never_enough_ends_the_request() -> None:
