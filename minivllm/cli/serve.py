@@ -1,18 +1,15 @@
 """``mini-vllm serve``: an engine process, an HTTP server in front of it, and an exit code that says why it ended."""
 
 import asyncio
-import errno
 import logging
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
 from minivllm.config import Config
-from minivllm.errors import PortInUse
 
 
 def run(argv: Sequence[str]) -> int:
@@ -82,16 +79,7 @@ def raise_open_files_limit() -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise ``PortInUse`` now rather than after the model is loaded, if the address cannot be listened on."""
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-    except OSError as error:
-        reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "it is not allowed"}
-        why = reasons.get(error.errno or 0, "the address is not one of this machine's")
-        raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
+    from minivllm.server.listen import bind
+
+    for sock in bind(host, port):
+        sock.close()

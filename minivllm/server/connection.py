@@ -64,7 +64,7 @@ class Capacity:
     """How many connections there may be."""
 
     most: int  # that are served
-    spare: int  # beyond these: they are told that there are too many
+    spare: int  # beyond these: they are told that there are too many; still more are not taken (``listen.py``)
     on_refusal: Callable[[str], None]
 
 
@@ -91,16 +91,11 @@ class Connection(HttpToolsProtocol):
         """Begin to wait for the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        over = len(self.connections) - self._capacity.most
-        if over <= 0:
+        if len(self.connections) <= self._capacity.most:
             self._await_head()
-            return
-        self._capacity.on_refusal("connections")
-        if over <= self._capacity.spare:
-            self._refuse(TooManyConnections())
         else:
-            self._refused = True
-            transport.abort()
+            self._capacity.on_refusal("connections")
+            self._refuse(TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget every deadline."""
