@@ -258,7 +258,7 @@ def test_a_full_queue_is_told_when_to_come_back(start: Callable[..., Live], unti
             assert int(reply.headers["retry-after"]) >= 1
             assert reply.json()["error"]["type"] == "ServiceUnavailableError"
     assert len(live.client.added) == 9
-    assert httpx.get(f"{live.url}/health").status_code == 200  # looking is always allowed
+    assert httpx.get(f"{live.url}/health").status_code == httpx.post(f"{live.url}/ping").status_code == 200
     told = httpx.get(f"{live.url}/metrics/prometheus").text
     assert 'vllm:admission_rejections_total{engine="0",model_name="fox",reason="queue_requests"} 5.0' in told
     for sock in socks:
