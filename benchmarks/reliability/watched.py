@@ -140,6 +140,7 @@ async def _start(config: Config, folder: Path, found: argparse.Namespace) -> Any
 
 async def _serve(config: Config, found: argparse.Namespace) -> int:
     from minivllm.door import locate
+    from minivllm.cli.serve import spare_the_collector
     from minivllm.server.application import create_app
     from minivllm.server.http import serve
 
@@ -148,6 +149,7 @@ async def _serve(config: Config, found: argparse.Namespace) -> int:
     with Path(found.log).open("w", buffering=1, encoding="utf-8") as log:
         llm._client = Watched(llm._client, log)
         try:
+            spare_the_collector()
             return await serve(create_app(llm, config), config, llm, lambda s: print(f"Serving on {s.url}", flush=True))
         finally:
             await llm.close()
