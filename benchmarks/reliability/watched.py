@@ -139,8 +139,8 @@ async def _start(config: Config, folder: Path, found: argparse.Namespace) -> Any
 
 
 async def _serve(config: Config, found: argparse.Namespace) -> int:
-    from minivllm.door import locate
     from minivllm.cli.serve import spare_the_collector
+    from minivllm.door import locate
     from minivllm.server.application import create_app
     from minivllm.server.http import serve
 
