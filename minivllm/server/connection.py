@@ -27,7 +27,7 @@ from minivllm.server.sse import SEND_CHUNK, Outwait, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
-HIGH_WATER_BYTES: Final = 16 * 2**10  # of a reply that the kernel does not take: then its stream waits
+HIGH_WATER_BYTES: Final = 2 * 2**10  # of a reply that the kernel does not take: then its stream waits
 NO_LINGER: Final = struct.pack("ii", 1, 0)
 HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
