@@ -189,7 +189,7 @@ class ServerConfig:
     ] = None
     queue_timeout_s: Annotated[
         float | None,
-        Opt("Time a request may wait for its turn before it gets a 503.", low=0.01, flags=("--queue-timeout",), common=False),
+        Opt("Time for a request's first token to come, else it gets 503.", low=0.01, flags=("--queue-timeout",), common=False),
     ] = None
     request_timeout_s: Annotated[
         float | None,

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.cpu.machine import CpuClock
 from benchmarks.reliability.raw_client import Reply, ask, ask_and_not_read, texts_of
 from benchmarks.reliability.watched import Server, percentile, serve, verdict
-from minivllm.server.http import SEND_BUFFER_BYTES
+from minivllm.server.listen import SEND_BUFFER_BYTES
 
 MOST_BYTES, MOST_ITL = 128 * 2**10, 1.10
 PATH = "/v1/completions"

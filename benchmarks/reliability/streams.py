@@ -9,10 +9,12 @@ longer than 1.5 s.
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Sequence
 
+from benchmarks.cpu.machine import CpuClock
 from benchmarks.reliability.raw_client import Reply, ask
 from benchmarks.reliability.watched import Server, percentile, serve, verdict
 from minivllm.cli.serve import raise_open_files_limit
@@ -43,12 +45,12 @@ async def measure(server: Server, count: int, hold_s: float, per_s: float) -> tu
     before = server.memory_bytes()
     ramp_s = count / per_s
     replies = await open_streams(server, count, int(ramp_s + hold_s) + 10, per_s)
-    began_s, memory = time.perf_counter(), 0
+    began_s, memory, clock = time.perf_counter(), 0, CpuClock.now()
     while time.perf_counter() < began_s + hold_s:
         await asyncio.sleep(1.0)
         memory = max(memory, server.memory_bytes())
     open_now = sum(not reply.closed.done() for reply in replies)
-    ended_s = time.perf_counter()
+    ended_s, later = time.perf_counter(), CpuClock.now()
     gaps = [
         b - a
         for reply in replies
@@ -60,7 +62,8 @@ async def measure(server: Server, count: int, hold_s: float, per_s: float) -> tu
     each, gap_s = (memory - before) / count, percentile(gaps, 0.99)
     broken = []
     if open_now < count or whole < count:
-        broken.append(f"of {count} streams {open_now} were open at once, {whole} came to their good end")
+        tail = next((reply.data for reply in replies if not reply.whole), b"")
+        broken.append(f"of {count} streams {open_now} were open at once, {whole} came to their good end; one ends {tail!r}")
     if each > MOST_BYTES:
         broken.append(f"a stream costs {each / 1024:.1f} KiB")
     if not gap_s <= MOST_GAP_S:
@@ -69,9 +72,20 @@ async def measure(server: Server, count: int, hold_s: float, per_s: float) -> tu
         ("streams open at once, whole in the end", f"{open_now}, {whole}"),
         ("server memory before, then, MiB", f"{before / 2**20:.1f}, {memory / 2**20:.1f}"),
         ("each stream, KiB", f"{each / 1024:.1f}"),
+        ("cores that this took, that other programs took", f"{cores(clock, later):.2f}, {others(clock, later):.2f}"),
         ("gaps, s: p50, p99, max", ", ".join(f"{percentile(gaps, share):.3f}" for share in (0.5, 0.99, 1.0))),
     ]
     return rows, broken
+
+
+def cores(clock: CpuClock, later: CpuClock) -> float:
+    """Used by the server, the source of tokens and the clients."""
+    return (later.own_s - clock.own_s) / (later.at_s - clock.at_s)
+
+
+def others(clock: CpuClock, later: CpuClock) -> float:
+    """Used by everybody else."""
+    return clock.others_share(later) * (os.cpu_count() or 1)
 
 
 def run(count: int, hold_s: float, token_s: float, per_s: float) -> tuple[list[tuple[str, object]], list[str]]:

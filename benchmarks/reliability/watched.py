@@ -142,6 +142,7 @@ async def _start(config: Config, folder: Path, found: argparse.Namespace) -> Any
 
 
 async def _serve(config: Config, found: argparse.Namespace) -> int:
+    from minivllm.cli.serve import spare_the_collector
     from minivllm.door import locate
     from minivllm.server.application import create_app
     from minivllm.server.http import serve
@@ -151,6 +152,7 @@ async def _serve(config: Config, found: argparse.Namespace) -> int:
     with Path(found.log).open("w", buffering=1, encoding="utf-8") as log:
         llm._client = Watched(llm._client, log)
         try:
+            spare_the_collector()
             return await serve(create_app(llm, config), config, llm, lambda s: print(f"Serving on {s.url}", flush=True))
         finally:
             await llm.close()

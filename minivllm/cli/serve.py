@@ -1,17 +1,15 @@
 """``mini-vllm serve``: an engine process, an HTTP server in front of it, and an exit code that says why it ended."""
 
 import asyncio
-import errno
+import gc
 import logging
 import resource
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
 from minivllm.config import Config
-from minivllm.errors import PortInUse
 from minivllm.logs import set_up_logging
 
 
@@ -53,7 +51,9 @@ async def _serve(config: Config) -> int:
                 print(f"/metrics is on {server.metrics.url}")
             print(f"{memory_table(llm.info)}\nServing {names} on {server.url} (Ctrl-C stops)", flush=True)
 
-        return await serve(create_app(llm, config, defaults), config, llm, announce)
+        app = create_app(llm, config, defaults)
+        spare_the_collector()
+        return await serve(app, config, llm, announce)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # it ends already: one more must not change the exit code
             signal.signal(number, signal.SIG_IGN)
@@ -75,6 +75,14 @@ def loop_factory() -> Callable[[], Any] | None:
     return uvloop.new_event_loop
 
 
+def spare_the_collector() -> None:
+    """Let the garbage collector leave alone what is there now and stays: the vocabulary, the code. Looking through it again and
+    again would stop the event loop, and so every stream, for a quarter of a second at a time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(2000, 10, 100)
+
+
 def raise_open_files_limit() -> None:
     """Let the process open as many files as it may: the usual soft limit of 1024 is 1000 streams."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,16 +95,7 @@ def raise_open_files_limit() -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise ``PortInUse`` now rather than after the model is loaded, if the address cannot be listened on."""
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-    except OSError as error:
-        reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "it is not allowed"}
-        why = reasons.get(error.errno or 0, "the address is not one of this machine's")
-        raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
+    from minivllm.server.listen import bind
+
+    for sock in bind(host, port):
+        sock.close()

@@ -27,7 +27,7 @@ from minivllm.server.sse import SEND_CHUNK, Outwait, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
-HIGH_WATER_BYTES: Final = 16 * 2**10  # of a reply that the kernel does not take: then its stream waits
+HIGH_WATER_BYTES: Final = 2 * 2**10  # of a reply that the kernel does not take: then its stream waits
 NO_LINGER: Final = struct.pack("ii", 1, 0)
 HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
@@ -65,7 +65,7 @@ class Capacity:
     """How many connections there may be."""
 
     most: int  # that are served
-    spare: int  # beyond these: they are told that there are too many
+    spare: int  # beyond these: they are told that there are too many; still more are not taken (``listen.py``)
     on_refusal: Callable[[str], None]
 
 
@@ -93,16 +93,11 @@ class Connection(HttpToolsProtocol):
         """Begin to wait for the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        over = len(self.connections) - self._capacity.most
-        if over <= 0:
+        if len(self.connections) <= self._capacity.most:
             self._await_head()
-            return
-        self._capacity.on_refusal("connections")
-        if over <= self._capacity.spare:
-            self._refuse(TooManyConnections())
         else:
-            self._refused = True
-            transport.abort()
+            self._capacity.on_refusal("connections")
+            self._refuse(TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget every deadline, and let every request know; uvicorn tells only the latest."""

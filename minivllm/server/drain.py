@@ -74,30 +74,22 @@ class Drain:
         watch = asyncio.create_task(_disconnected(receive))
         watch.add_done_callback(lambda _: task.cancel())
         self._work.add(task)
-        limit_s = self._request_timeout_s
-        late = asyncio.Event()
-        timer = None if limit_s is None else asyncio.get_running_loop().call_later(limit_s, _end_late, late, task)
         try:
-            return await task
+            async with asyncio.timeout(self._request_timeout_s) as limit:
+                return await task
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RequestTimedOut(self._request_timeout_s or 0) from None
         except asyncio.CancelledError:
             if watch.done():
                 raise ClientGone from None
             if self.stopped and task.cancelled():
                 raise ServerStopped from None
-            if limit_s is not None and late.is_set() and task.cancelled():
-                raise RequestTimedOut(limit_s) from None
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
             watch.cancel()
             self._work.discard(task)
-
-
-def _end_late(late: asyncio.Event, task: "asyncio.Task[Any]") -> None:
-    """A request's time is over."""
-    late.set()
-    task.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from minivllm.server.admission import BYTES_PER_TOKEN, Admission, Ticket
 from minivllm.server.keys import TENANT
 from minivllm.server.replies import error_response
 
+PROBES: Final = ("/ping",)  # may be posted to, and must be answered when the server is full
 TICKET: Final = "ticket"  # in the scope's state
 
 
@@ -27,7 +28,7 @@ class AdmissionGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its ticket."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] in PROBES:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})

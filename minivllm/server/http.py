@@ -8,12 +8,10 @@ too, with another exit code, so that a service manager starts it again.
 
 import asyncio
 import contextlib
-import errno
 import faulthandler
 import logging
 import resource
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,17 +23,16 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
-from minivllm.errors import PortInUse
 from minivllm.server.application import create_metrics_app
 from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain
+from minivllm.server.listen import Door, bind
 from minivllm.server.serving import Serving
 
 if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
 
 KEPT_FILES: Final = 256  # of the limit: children's sockets, files being read, connections that are told of too many
-SEND_BUFFER_BYTES: Final = 32 * 2**10  # what the kernel may hold of a reply that is not read; Linux takes twice that
 TICK_S: Final = 1.0  # the Date header's resolution
 LOG_EVERY_S: Final = 10.0
 STUCK_S: Final = 10.0  # a loop that did not turn for so long: where each thread is goes to standard error
@@ -60,7 +57,7 @@ class Server:
         self.drain: Drain = serving.drain
         self._capacity = capacity_of(limits.max_connections, serving.llm.metrics.reject)
         self._state = ServerState()
-        self._listener: asyncio.Server | None = None
+        self._door: Door | None = None
         self._uvicorn = uvicorn.Config(
             app,
             http="httptools",
@@ -74,22 +71,13 @@ class Server:
         )
         self._uvicorn.load()
 
-    async def listen(self) -> None:
+    def listen(self) -> None:
         """Take connections. Raises ``PortInUse``."""
-        host, port = self.limits.host, self.limits.port
-        loop = asyncio.get_running_loop()
-        try:
-            self._listener = await loop.create_server(self._connect, host, port, backlog=2048)
-        except (OSError, OverflowError) as error:
-            why = {errno.EADDRINUSE: "it is in use", errno.EACCES: "it is not allowed"}.get(
-                getattr(error, "errno", None) or 0, "the address is not one of this machine's"
-            )
-            raise PortInUse(f"Cannot listen on {host}:{port}: {why}; choose another --port or --host.") from None
-        for listener in self._listener.sockets:  # its connections inherit this
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        most, state = self._capacity.most + self._capacity.spare, self._state
+        self._door = Door(bind(self.limits.host, self.limits.port), self._connect, lambda: len(state.connections), most)
         logger.info("At most %d connections are served at once", self._capacity.most)
         if self.metrics is not None:
-            await self.metrics.listen()
+            self.metrics.listen()
 
     def _connect(self) -> Connection:
         return Connection(self.limits, self._capacity, config=self._uvicorn, server_state=self._state, app_state={})
@@ -97,9 +85,9 @@ class Server:
     @property
     def port(self) -> int:
         """The port that is listened on, also where 0 was asked for."""
-        if self._listener is None:
+        if self._door is None:
             raise RuntimeError("the server does not listen yet")
-        return int(self._listener.sockets[0].getsockname()[1])
+        return self._door.port
 
     @property
     def url(self) -> str:
@@ -122,8 +110,8 @@ class Server:
         """Stop listening and end every connection, those that still send first getting a moment to do so."""
         if self.metrics is not None:
             await self.metrics.close()
-        if self._listener is not None:
-            self._listener.close()
+        if self._door is not None:
+            self._door.close()
         for connection in list(self._state.connections):
             connection.transport.close()
         for _ in range(20):
@@ -162,7 +150,7 @@ async def serve(
     """
     server = Server(app, config.server)
     server.tick()
-    await server.listen()
+    server.listen()
     pump = asyncio.create_task(llm.run())
     llm.helpers.begin()
     with _signals(server):

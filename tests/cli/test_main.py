@@ -154,3 +154,9 @@ def test_serve_serves_the_bundled_model_until_it_is_told_to_stop(bundled_model: 
     finally:
         process.kill()
         process.communicate()
+
+
+def test_what_stays_is_kept_from_the_collector() -> None:
+    code = "import gc; from minivllm.cli.serve import spare_the_collector; spare_the_collector(); print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000

@@ -1,11 +1,14 @@
 """Requests whose reader does not read: they hold tokens and nothing else, and go on with the same text."""
 
+from concurrent.futures import Future
+
+import msgspec
 import pytest
 from fake_engine import fake_engine
 from token_runner import expected_tokens
 
 from minivllm.engine.engine import Engine
-from minivllm.types import EngineOutput, GenerateRequest, SamplingParams
+from minivllm.types import EngineOutput, GenerateRequest, Grammar, SamplingParams
 
 VOCAB = 31
 PROMPT = tuple(range(20))
@@ -135,3 +138,45 @@ def test_a_failed_step_does_not_wake_a_paused_request() -> None:
     engine.resume(["a"])
     told.finish()
     assert told.tokens["a"] == expected_tokens(PROMPT, 12, VOCAB, 1, frozenset())
+
+
+class SlowGrammars:
+    """Grammars that are made when the test says so."""
+
+    def __init__(self) -> None:
+        self.future: Future[object] = Future()
+
+    def prepare(self, _: Grammar, *, hurries: bool) -> "Future[object]":
+        return self.future
+
+
+class AnyText:
+    """A guide that lets everything through."""
+
+    problem = ""
+
+    def take(self, _: int) -> str:
+        return "more"
+
+    def ahead(self, skip: int, most: int) -> tuple[int, ...]:
+        return ()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_one_whose_grammar_is_being_made_is_paused_when_it_is_there(resumed: bool) -> None:
+    engine, grammars = fake_engine(VOCAB), SlowGrammars()
+    engine._grammars = grammars  # type: ignore[assignment]
+    wanted = request("a")
+    sampling = msgspec.structs.replace(wanted.sampling, grammar=Grammar("regex", "a*"))
+    engine.add(msgspec.structs.replace(wanted, sampling=sampling))
+    engine.pause(["a"])
+    if resumed:
+        engine.resume(["a"])
+    engine.step()
+    grammars.future.set_result(AnyText())
+    engine._scheduler.schedule = lambda now: None  # type: ignore[method-assign]  # it is admitted, and that is all
+    engine.step()
+    assert engine._scheduler.num_waiting == resumed
+    assert engine._scheduler.has_work == resumed
+    engine.abort(["a"])
+    assert not engine._scheduler.has_work

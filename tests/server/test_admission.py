@@ -1,13 +1,20 @@
 """What is counted in and out, when there is no room, and what those who are refused are told."""
 
+import asyncio
 import json
 import math
+import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
+import scripted_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import Live
@@ -16,6 +23,8 @@ from minivllm.async_llm import Order
 from minivllm.beams import BeamSearchParams
 from minivllm.errors import RequestError, ServerOverloaded, TooManyRequests
 from minivllm.server.admission import Admission, Bounds, Cost, Ticket, cost_of, cost_of_beams
+from minivllm.server.gate import AdmissionGate, ticket_of
+from minivllm.server.http import capacity_of
 from minivllm.types import SamplingParams
 
 Until = Callable[[Callable[[], bool]], None]
@@ -373,3 +382,89 @@ def test_a_flood_of_refusals_holds_up_nobody_who_is_in(start: Callable[..., Live
         thread.join()
     assert statuses == [503] * 30
     assert all(text.count('"finish_reason":"length"') == 1 for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------- its own layer
+
+
+def test_the_gate_counts_by_tenant_and_by_the_declared_length() -> None:
+    door = Door(tokens=10**6)
+    seen: list[Ticket] = []
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        seen.append(ticket_of(scope))
+        assert door.admission.requests == 1
+        if scope["path"] == "/fails":
+            raise RuntimeError("a fault of ours")
+
+    async def ask(path: str, **headers: str) -> None:
+        fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": fields, "state": {"tenant": "me"}}
+        await AdmissionGate(app, door.admission, 4000)(scope, None, None)  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        await ask("/", content_length="80")
+        await ask("/", content_length="9" * 30)
+        await ask("/", content_length="10000")
+        await ask("/", transfer_encoding="chunked")
+        with pytest.raises(RuntimeError):
+            await ask("/fails", content_length="80")
+
+    guesses: list[int] = []
+    reserve = door.admission.reserve
+    door.admission.reserve = lambda tenant, guess, now: guesses.append(guess) or reserve(tenant, guess, now)  # type: ignore
+    asyncio.run(scene())
+    assert guesses == [20, 1000, 1000, 1000, 20]
+    assert {ticket.tenant for ticket in seen} == {"me"}
+    assert (door.admission.requests, door.admission.tokens) == (0, 0)
+    with pytest.raises(RuntimeError, match="around the gate"):
+        ticket_of({"type": "http"})
+
+
+def test_connections_stay_below_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capacity(soft: int, asked: int | None = None) -> tuple[int, int]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+        found = capacity_of(asked, lambda _: None)
+        return found.most, found.spare
+
+    assert capacity(1024) == (768, 128)
+    assert capacity(1024, 100) == (100, 128)
+    assert capacity(1024, 10**6) == (768, 128)
+    assert capacity(100) == (50, 25)
+    assert capacity(resource.RLIM_INFINITY)[0] == 2**20
+    for soft in (64, 256, 1024, 10**6):
+        most, spare = capacity(soft)
+        assert most + spare < soft
+
+
+def test_a_server_with_few_files_tells_strangers_so_and_goes_on(tokenizer_folder: Path) -> None:
+    program = Path(scripted_engine.__file__)
+    command = [sys.executable, str(program), str(tokenizer_folder), "{}"]
+    env = {**os.environ, "PYTHONPATH": str(program.parents[2])}
+    # 128 files: 64 connections, 32 more that are told why not, the others are closed at once.
+    child = subprocess.Popen(
+        ["prlimit", "--nofile=128:128", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        socks = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(200)]
+        answers = []
+        for sock in reversed(socks):
+            sock.settimeout(0.001 if len(answers) >= 136 else 20)
+            try:
+                answers.append(sock.recv(1000))
+            except TimeoutError:
+                answers.append(b"none")
+            except ConnectionResetError:
+                answers.append(b"")
+            sock.close()
+        assert answers.count(b"none") == 64  # they wait for a request
+        assert sum(answer.startswith(b"HTTP/1.1 503 ") for answer in answers) >= 32  # more as these go
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    finally:
+        child.terminate()
+        _, said = child.communicate(timeout=20)
+    assert child.returncode == 0
+    assert "open files" not in said
+    assert "Traceback" not in said

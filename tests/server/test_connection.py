@@ -240,7 +240,7 @@ def test_a_refusal_behind_a_running_answer_is_no_fault_of_the_server(strict: Liv
 @contextlib.contextmanager
 def unread_stream(live: Live, until: Callable[[Callable[[], bool]], None]) -> Iterator[socket.socket]:
     """A stream of some megabytes that the engine has finished and nobody has read; small buffers, so that it cannot fit."""
-    live.server._listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # type: ignore[union-attr]
+    live.server._door._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # type: ignore[union-attr]
     live.client.text = "fox " * 400
     body = json.dumps({"prompt": ["a"] * 64, "max_tokens": 500, "temperature": 0, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
