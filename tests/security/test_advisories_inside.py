@@ -77,7 +77,7 @@ def test_frames_of_any_bytes(data: bytes, cut: int) -> None:
 @pytest.mark.parametrize("advisory", ["CVE-2025-30202", "CVE-2026-34159"])
 def test_inner_sockets_have_no_address(repo: Path, advisory: str) -> None:
     """Processes share socket pairs: nobody else can connect, subscribe, or be slow on them."""
-    makers = {"bind", "listen", "create_server", "start_server", "start_unix_server", "create_unix_server", "TCPStore", "init_process_group"}
+    makers = {"bind", "create_server", "start_server", "start_unix_server", "create_unix_server", "TCPStore", "init_process_group"}
     found = {
         (file.relative_to(repo / "minivllm").as_posix(), node.attr)
         for file in (repo / "minivllm").rglob("*.py")
@@ -377,9 +377,10 @@ def test_the_host_header_decides_nothing(locked: Live, speak: Callable[..., byte
 def test_there_is_nothing_to_control_without_a_key(locked: Live, advisory: str) -> None:
     for path in ("/pause", "/resume", "/update_weights", "/abort_requests", "/flush_cache", "/route", "/shutdown", "/sleep", "/api/delete", "/tokenize",
                  "/metrics", "/version", "/v1/models", "/ping", "/load", "/config", "/"):  # fmt: skip
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"):
-            status = httpx.request(method, locked.url + path).status_code
-            assert status == 401 or (path == "/" and status in (200, 404, 405))
+        with httpx.Client(base_url=locked.url, verify=False) as client:
+            for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"):
+                status = client.request(method, path).status_code
+                assert status == 401 or (path == "/" and status in (200, 404, 405))
 
 
 def test_CVE_2025_43859_chunks_end_where_they_say(locked: Live, speak: Callable[..., bytes]) -> None:
@@ -387,7 +388,7 @@ def test_CVE_2025_43859_chunks_end_where_they_say(locked: Live, speak: Callable[
     inner = b"GET /version HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-ann-0123456789\r\n\r\n"
     for chunk in (b"2\r\n{}xx0\r\n\r\n", b"2\r\n{}0\r\n\r\n", b"2\r\n{}\n\n0\r\n\r\n", b"2\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\r0\r\n\r\n", b" 2\r\n{}\r\n0\r\n\r\n"):
         reply = speak(locked.port, head + chunk + inner, quiet_s=1.5)
-        assert reply.count(b"HTTP/1.1 ") == 1 and reply.split()[1] == b"400", chunk
+        assert re.findall(rb"HTTP/1\.1 (\d+)", reply) == [b"400"], chunk
 
 
 def test_peak_memory_is_told_in_kib() -> None:
