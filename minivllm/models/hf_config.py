@@ -17,6 +17,10 @@ _MISSING = object()
 _ROPE_KINDS: Mapping[str, RopeKind] = {"default": "default", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000  # each has a dozen names, which are written down before anything else is looked at
+
+
 class HFConfig:
     """A model's ``config.json`` and ``generation_config.json``. Never written."""
 
@@ -43,11 +47,12 @@ class HFConfig:
         found = self.values.get("dtype") or self.values.get("torch_dtype")
         return str(found).removeprefix("torch.") if found else None
 
-    def integer(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number over 0. A null counts as absent."""
+    def integer(self, name: str, default: Any = _MISSING, most: int = MAX_SIZE) -> int:
+        """A whole number from 1 to ``most``. A null counts as absent."""
         found = self._get(name, default)
-        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-            raise BrokenModelFolder(f"config.json: {name} must be a whole number over 0, not {found!r}.")
+        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= most:
+            span = f"from 1 to {most}" if isinstance(found, int) and found > most else "over 0"
+            raise BrokenModelFolder(f"config.json: {name} must be a whole number {span}, not {found!r}.")
         return found
 
     def optional_integer(self, name: str) -> int | None:

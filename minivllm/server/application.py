@@ -52,6 +52,7 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
         version=__version__,
         docs_url=None,  # the page would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the address of a redirection would be made of the Host header
         middleware=[
             Middleware(AuthGate, keys=keys),
             Middleware(DrainGate, drain=drain),
@@ -81,7 +82,11 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
 
 def create_metrics_app(serving: Serving) -> FastAPI:
     """/metrics and nothing else, for a port that only a monitoring network reaches."""
-    app = FastAPI(openapi_url=None, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
+    app = FastAPI(
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _http_error, Exception: _unexpected},
+    )
     app.state.serving = serving
     app.include_router(metrics.router)
     return app

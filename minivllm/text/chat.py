@@ -17,6 +17,7 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,6 +36,23 @@ class _GenerationBlock(jinja2.ext.Extension):
         """Read the block as a plain scope."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _NothingBeforehand(CodeGenerator):
+    """Compiles without working out constants: ``{{ 'x' * 10**10 }}`` would be made while a template is only looked at."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if isinstance(node, nodes.TemplateData):
+            return super()._output_child_to_const(node, frame, finalize)
+        raise nodes.Impossible
+
+
+class _Names(_NothingBeforehand, jinja2.meta.TrackingCodeGenerator):
+    """Finds the names that a template reads; Jinja's own way to them works out constants too."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        jinja2.meta.TrackingCodeGenerator.__init__(self, environment)
+        self.optimizer = None
 
 
 def _raise_exception(message: str) -> None:
@@ -57,17 +75,22 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], optimized=False
         )
+        environment.code_generator_class = _NothingBeforehand
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self.source = source
         self.special_tokens = dict(special_tokens)
-        self._template = environment.from_string(source)
-        tree = environment.parse(source)
+        try:
+            self._template = environment.from_string(source)
+            tree, names = environment.parse(source), _Names(environment)
+            names.visit(tree)
+        except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: nested beyond its bounds
+            raise jinja2.TemplateError(f"it is nested too deeply ({type(error).__name__})") from None
         self._reads_parts = _loops_over_content(tree)
         ours = {"messages", "add_generation_prompt", *special_tokens, *environment.globals}
-        self.reads = frozenset(jinja2.meta.find_undeclared_variables(tree) - ours)  # names that a request may give
+        self.reads = frozenset(names.undeclared_identifiers - ours)  # names that a request may give
 
     def render(
         self,

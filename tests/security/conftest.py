@@ -52,7 +52,7 @@ def unlocked(tokenizer: Tokenizer) -> Iterator[Live]:
 @pytest.fixture(scope="session")
 def real() -> Iterator[LiveServer]:
     """The bundled model behind ``mini-vllm serve``."""
-    with serve("--enable-prompt-tokens-details", "--max-num-seqs", "16") as live:
+    with serve("--max-num-seqs", "16", "--batch-invariant", "--tool-call-parser", "hermes") as live:
         yield live
 
 

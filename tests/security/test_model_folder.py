@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of texts)
 """A folder from a stranger: nothing in it runs, and whatever is wrong with its weights is one sentence.
 
 The traps are a program that would leave a mark, and pipes that nobody writes to: whoever opens one waits for ever.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from minivllm.errors import BrokenModelFolder, InvalidRequest, StartupError
@@ -163,6 +165,22 @@ def test_a_template_does_not_get_out(source: str, tmp_path: Path, monkeypatch: p
     except InvalidRequest as refusal:
         assert "root:" not in refusal.message
     assert not list(tmp_path.iterdir()) and chat == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 'x' * 10**11 }}", "{{ 'x'|center(10**11) }}", "{% if 10**(10**9) %}{% endif %}", "{% set x = [1] * 10**11 %}", "{{ 9**(9**9) }}",
+     "{% for i in 'x' * 10**11 %}{% endfor %}", "{{ ('a' ~ 'b') * 10**11 }}", "{{ ['x' * 10**11]|join }}", "{{ '%1000000000000d' % 5 }}"],
+)  # fmt: skip
+def test_a_template_computes_nothing_before_it_is_rendered(source: str) -> None:
+    """Compiling it, which the server does to see what it reads, takes no time and no memory; rendering is a limited child's."""
+    assert ChatTemplate(source, {}).reads == frozenset()
+
+
+@pytest.mark.parametrize("source", ["{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "{% if 1 %}" * 3000 + "{% endif %}" * 3000])
+def test_a_template_that_is_nested_too_deeply(source: str) -> None:
+    with pytest.raises(jinja2.TemplateError):
+        ChatTemplate(source, {})
 
 
 # ------------------------------------------------------------------------------------------------------ safetensors' header

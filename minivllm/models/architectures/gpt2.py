@@ -6,14 +6,14 @@ or not, depending on who saved them.
 
 from minivllm.errors import UnsupportedModel
 from minivllm.kernels.reference import ACTIVATIONS
-from minivllm.models.hf_config import HFConfig
+from minivllm.models.hf_config import MAX_LAYERS, HFConfig
 from minivllm.models.spec import Blueprint, ModelSpec, Weight, WeightNames
 
 
 def gpt2(config: HFConfig) -> Blueprint:
     """Read a GPT-2 model."""
     config.refuse(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    hidden, heads, layers = config.integer("n_embd"), config.integer("n_head"), config.integer("n_layer")
+    hidden, heads, layers = config.integer("n_embd"), config.integer("n_head"), config.integer("n_layer", most=MAX_LAYERS)
     activation = config.text("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(f"The activation {activation!r} is not served; served are {', '.join(ACTIVATIONS)}.")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from minivllm.errors import UnsupportedModel
 from minivllm.kernels.reference import ACTIVATIONS
-from minivllm.models.hf_config import HFConfig, read_rope
+from minivllm.models.hf_config import MAX_LAYERS, HFConfig, read_rope
 from minivllm.models.spec import Blueprint, ModelSpec, Weight, WeightNames
 
 
@@ -26,7 +26,7 @@ def llama(config: HFConfig) -> Blueprint:
 def llama_like(config: HFConfig) -> ModelSpec:
     """The spec that Llama, Mistral and Qwen share: no biases, no windows, no norm of q and k."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    layers = config.integer("num_hidden_layers")
+    layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     head_dim = config.integer("head_dim", hidden // heads)
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.beams import BeamSearchParams
-from minivllm.errors import InvalidRequest, RequestError
+from minivllm.errors import ContextTooLong, InvalidRequest, RequestError
 from minivllm.server.beams import beams_of, check_beams
 from minivllm.server.logprobs import Echoed, LogprobTexts
 from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated, with_best_of
@@ -43,7 +43,7 @@ async def completions(request: Request) -> Response:
     counts = Counts(num_samples, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
-    texts = [s.llm.tokenizer.decode(list(order.prompt_ids)) if body.echo else "" for order in orders]
+    texts = await _echoes(s, orders) if body.echo else [""] * len(orders)
     prompts = _Prompts([order.prompt_ids for order in orders], texts, logprobs_of(body.logprobs) if body.echo else None)
     if body.stream:
         return EventStream(s, orders, _Script(head, usage, counts, asked, prompts))
@@ -56,6 +56,12 @@ async def completions(request: Request) -> Response:
         outputs = [msgspec.structs.replace(output, logprobs=()) for output in outputs]  # only the choice wanted them
     num_told = sum(len(output.prompt_logprobs) for output in outputs)
     return json_response(await written(num_told, lambda: _whole((outputs, best), head, counts, asked, prompts)))
+
+
+async def _echoes(s: Serving, orders: Sequence[Order]) -> list[str]:
+    """The texts of the prompts."""
+    num_ids = sum(len(order.prompt_ids) for order in orders)
+    return await written(num_ids, lambda: [s.llm.tokenizer.decode(list(order.prompt_ids)) for order in orders])
 
 
 def _best(outputs: Sequence[RequestOutput], n: int, num_samples: int) -> Sequence[int]:
@@ -91,7 +97,10 @@ async def _encoded(s: Serving, body: CompletionBody) -> AsyncIterator[list[int]]
         raise InvalidRequest(f"One request takes at most {MAX_PROMPTS} prompts, n texts of one counted as n.", "prompt")
     for prompt in prompts:
         ids = await s.encode(prompt, special) if isinstance(prompt, str) else prompt
-        yield truncated(ids, body, s.llm.info.max_model_len)
+        ids, most = truncated(ids, body, s.llm.info.max_model_len), s.llm.info.max_model_len
+        if len(ids) > most:  # before anything is made of them
+            raise ContextTooLong(most, len(ids), 1 if body.max_tokens is None else body.max_tokens)
+        yield ids
 
 
 async def _searches(s: Serving, body: CompletionBody, request_id: str) -> list[tuple[Order, BeamSearchParams]]:

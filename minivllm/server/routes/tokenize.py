@@ -8,8 +8,10 @@ from minivllm.errors import InvalidRequest
 from minivllm.server.messages import chat_of
 from minivllm.server.protocol import DETOKENIZE, TOKENIZE, TokenizeBody
 from minivllm.server.replies import Tokens, json_response
-from minivllm.server.serving import Serving, read_json, serving
+from minivllm.server.serving import Serving, read_json, serving, written
 from minivllm.server.tools import offer_of
+
+MAX_DETOKENIZED = 2**18
 
 router = APIRouter()
 
@@ -21,8 +23,13 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, TOKENIZE)
     s.model_name(body.model)
     ids = await _ids(s, body)
-    strings = tuple(map(s.llm.tokenizer.token_text, ids)) if body.return_token_strs else None
-    return json_response(Tokens(len(ids), s.llm.info.max_model_len, tuple(ids), strings))
+    name = s.llm.tokenizer.token_text
+
+    def write() -> Response:
+        strings = tuple(map(name, ids)) if body.return_token_strs else None
+        return json_response(Tokens(len(ids), s.llm.info.max_model_len, tuple(ids), strings))
+
+    return await written(len(ids), write)
 
 
 async def _ids(s: Serving, body: TokenizeBody) -> list[int]:
@@ -49,11 +56,15 @@ def _or(value: bool | None, default: bool) -> bool:
 
 @router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
-    """The text of token ids, special tokens included."""
+    """The text of token ids, special tokens included. Of many it is made beside the event loop: a million take seconds."""
     s = serving(request)
     body = await read_json(request, DETOKENIZE)
     s.model_name(body.model)
-    size = s.llm.info.vocab_size
-    if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < size):
+    size, tokens = s.llm.info.vocab_size, body.tokens
+    if len(tokens) > MAX_DETOKENIZED:
+        problem = f"One request takes at most {MAX_DETOKENIZED} tokens, got {len(tokens)}; send them in parts."
+        raise InvalidRequest(problem, "tokens")
+    if tokens and not (min(tokens) >= 0 and max(tokens) < size):
         raise InvalidRequest(f"tokens holds an id outside 0 to {size - 1}, which this model does not have.", "tokens")
-    return json_response({"prompt": s.llm.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    text = await written(len(tokens), lambda: s.llm.tokenizer.decode(tokens, skip_special_tokens=False))
+    return json_response({"prompt": text})
