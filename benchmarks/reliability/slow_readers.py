@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cpu.machine import CpuClock
+from benchmarks.cpu.machine import _tree_cpu_s as tree_cpu_s
 from benchmarks.reliability.raw_client import Reply, ask, ask_and_not_read, texts_of
 from benchmarks.reliability.watched import Server, percentile, serve, verdict
 from minivllm.server.listen import SEND_BUFFER_BYTES
@@ -71,13 +72,15 @@ class Rounds:
 
     def __init__(self) -> None:
         self.itl_s: list[float] = []  # the mean time between two tokens, of each round
+        self.cpu_s: list[float] = []  # that server and engine took for a token
         self.others: list[float] = []  # the share of the cores that other programs took in each
 
     def read(self, server: Server, sizes: Sizes) -> None:
         """A round."""
-        clock = CpuClock.now()
+        clock, cpu_s = CpuClock.now(), tree_cpu_s(server.process.pid)
         found = asyncio.run(_read(server, sizes))
         self.itl_s.append(sum(found) / len(found))
+        self.cpu_s.append((tree_cpu_s(server.process.pid) - cpu_s) / (sizes.tokens * sizes.readers))
         self.others.append(clock.others_share(CpuClock.now()))
 
     @property
@@ -85,7 +88,8 @@ class Rounds:
         """Rounds as a row of the table."""
         low, middle = 1e3 * min(self.itl_s), 1e3 * percentile(self.itl_s, 0.5)
         share = percentile(self.others, 0.5)
-        return f"{low:.2f}, {middle:.2f} ({len(self.itl_s)} rounds; others took {share:.0%} of the cores)"
+        cpu = 1e3 * percentile(self.cpu_s, 0.5)
+        return f"{low:.2f}, {middle:.2f}, {cpu:.3f} ({len(self.itl_s)} rounds; other programs took {share:.0%} of the cores)"
 
 
 async def whole_texts(server: Server, numbers: Sequence[int]) -> dict[int, str]:
@@ -166,7 +170,7 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
         ("KV blocks they held then", f"{stalled['kv_cache_usage']:.1%}"),
         ("server memory each, KiB", f"{each / 1024:.1f}, and at most {2 * SEND_BUFFER_BYTES // 1024} in the kernel"),
         ("whole texts when they were read", f"{same.count(True)} of {len(same)}"),
-        ("others' ITL alone, ms: best round, median", alone.told),
+        ("others' ITL alone, ms: best round, median; CPU time a token, ms", alone.told),
         ("others' ITL beside them", beside.told),
         ("ratio of the best rounds", f"{ratio:.3f}"),
     ]

@@ -62,7 +62,7 @@ def killed(count: int) -> tuple[int, float, set[str]]:
 
 
 async def _stopped(server: Server, count: int) -> int:
-    replies = await streams(server, count, 200)
+    replies = await streams(server, count, 40)
     server.process.terminate()
     await asyncio.gather(*[reply.closed for reply in replies])
     return sum(reply.whole for reply in replies)
