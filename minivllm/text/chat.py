@@ -50,7 +50,7 @@ class _NothingBeforehand(CodeGenerator):
 class _Names(_NothingBeforehand, jinja2.meta.TrackingCodeGenerator):
     """Finds the names that a template reads; Jinja's own way to them works out constants too."""
 
-    def __init__(self, environment: jinja2.Environment) -> None:
+    def __init__(self, environment: ImmutableSandboxedEnvironment) -> None:
         jinja2.meta.TrackingCodeGenerator.__init__(self, environment)
         self.optimizer = None
 
