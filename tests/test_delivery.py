@@ -11,8 +11,9 @@ import pytest
 from fake_engine import fake_engine
 from token_runner import expected_tokens
 
-from minivllm.async_llm import LONGEST_WAIT_S, MOST_UNMERGED, AsyncLLM, Mailbox, Order, Pacer, merged, share_of
+from minivllm.async_llm import AsyncLLM, Order
 from minivllm.config import Config, make_config
+from minivllm.delivery import LONGEST_WAIT_S, MOST_UNMERGED, Mailbox, Pacer, merged, share_of
 from minivllm.engine.client import LocalClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest
 from minivllm.observe.metrics import Metrics

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from minivllm.config import Config
 from minivllm.engine.engine import Engine
 from minivllm.engine.grammars import Grammars, GrammarSizes
@@ -14,7 +16,7 @@ from minivllm.kv.allocator import Allocator
 from minivllm.models.hub import fetch_model
 from minivllm.parallel.executor import LocalExecutor
 from minivllm.runner.build import Prepared, build_runner, prepare
-from minivllm.runner.choose import choose_device, num_cores
+from minivllm.runner.choose import num_cores
 from minivllm.runner.loader import map_weights
 from minivllm.runner.runner import MakeSampler
 from minivllm.scheduler.book import Limits
@@ -32,7 +34,7 @@ CORES_OF_LOOPS = 3  # the engine's, the server's and one for whatever else runs
 def prepare_engine(config: Config) -> Callable[[Config], Engine]:
     """Do what engines can share, in the process that they are forked from; what builds one of them then. Raises
     ``StartupError``."""
-    if choose_device(config).type == "cpu":
+    if not _may_be_a_gpu(config):
         return partial(build_engine, prepared=prepare(config))
     import minivllm.runner.build_device
     import minivllm.runner.dry_run  # noqa: F401
@@ -47,6 +49,11 @@ def prepare_engine(config: Config) -> Callable[[Config], Engine]:
         return build_engine(config)
 
     return build
+
+
+def _may_be_a_gpu(config: Config) -> bool:
+    """Whether the model may run on one. Torch is not asked: its answer would start a thread of the driver's."""
+    return config.runner.device != "cpu" and torch.version.cuda is not None and Path("/dev/nvidiactl").exists()
 
 
 def build_engine(config: Config, make_sampler: MakeSampler | None = None, prepared: Prepared | None = None) -> Engine:

@@ -40,7 +40,6 @@ STACKS: Final = signal.SIGUSR1  # an engine that gets it writes where each of it
 ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would start when it is imported; nothing here uses them
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU is asked of the driver's library, not of the GPU
     }
 )
 
@@ -138,9 +137,14 @@ class Zygote:
         """Read how the engine ended, if it did; with ``block``, end it first if it did not."""
         if self._engine is None:
             return
-        if block:
+        pid, status = os.waitpid(self._engine, os.WNOHANG)
+        due_s = time.monotonic() + LAST_WORDS_S / 2
+        while block and not pid and time.monotonic() < due_s:  # it may be about to end, with an exit code of its own
+            time.sleep(0.005)
+            pid, status = os.waitpid(self._engine, os.WNOHANG)
+        if block and not pid:
             os.kill(self._engine, signal.SIGKILL)
-        pid, status = os.waitpid(self._engine, 0 if block else os.WNOHANG)
+            pid, status = os.waitpid(self._engine, 0)
         if pid:
             code = os.waitstatus_to_exitcode(status)
             if code:

@@ -16,9 +16,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from minivllm.async_llm import AsyncLLM, Mailbox, Order
+from minivllm.async_llm import AsyncLLM, Order
 from minivllm.beams import BeamSearchParams
 from minivllm.config import Config
+from minivllm.delivery import Mailbox
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
 from minivllm.server.admission import Admission, Cost, cost_of, cost_of_beams
 from minivllm.server.drain import ClientGone, Drain

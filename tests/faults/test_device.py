@@ -7,7 +7,7 @@ import torch
 from scheduler_bench import Bench
 
 from minivllm.config import make_config
-from minivllm.engine.process import start_engine
+from minivllm.engine.supervisor import Patience, start_engine
 from minivllm.errors import DeviceLost, EngineDead, OutOfDeviceMemory
 from minivllm.runner import faults
 from minivllm.types import GenerateRequest, SamplingParams, StepPlan
@@ -69,7 +69,7 @@ def test_a_lost_device_ends_the_engine_and_no_request() -> None:
 
 LOSES_ITS_DEVICE = """
 import sys
-from minivllm.engine.process import serve_steps
+from minivllm.engine.zygote import serve_steps
 from minivllm.errors import DeviceLost
 from minivllm.types import EngineInfo
 
@@ -82,20 +82,24 @@ class Engine:
         raise DeviceLost("The device is gone.")
     def prepare_more(self):
         return False
+    def watch(self, announce):
+        pass
 
 sys.exit(serve_steps(int(sys.argv[-1]), lambda config: Engine()))
 """
 
 
-def test_the_process_says_with_its_exit_code_that_its_device_is_lost() -> None:
-    async def scene() -> int:
-        client = await start_engine(make_config(), ("-c", LOSES_ITS_DEVICE))
+def test_the_process_says_with_its_exit_code_that_its_device_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """And the next one goes on, until there were enough of them."""
+
+    async def scene() -> None:
+        client = await start_engine(make_config(), ("-c", LOSES_ITS_DEVICE), Patience(max_restarts=1))
         sampling = SamplingParams(max_tokens=3, seed=0)
         client.add(GenerateRequest(id="a", prompt_ids=(1, 2), sampling=sampling, arrival_s=0.0))
         with pytest.raises(EngineDead):
             await client.outputs()
-        code = await asyncio.to_thread(client._process.wait, 10)
+        assert client.health.num_restarts == 1
         await client.close()
-        return code
 
-    assert asyncio.run(scene()) == DeviceLost.exit_code
+    asyncio.run(scene())
+    assert capfd.readouterr().err.count(f"ended with exit code {DeviceLost.exit_code}\n") == 2

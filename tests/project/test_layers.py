@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "spec"),
     ("runner",),
     ("parallel.executor", "parallel"),
-    ("engine", "door", "beams"),
+    ("engine", "door", "beams", "delivery"),
     ("llm", "async_llm"),
     ("server", "bench", "learn", "plan"),
     ("cli",),

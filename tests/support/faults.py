@@ -24,8 +24,9 @@ import transformers
 from scripted_engine import make_tokenizer
 from tiny_models import SMALL, randomize
 
-from minivllm.async_llm import AsyncLLM, Pacer
+from minivllm.async_llm import AsyncLLM
 from minivllm.config import make_config
+from minivllm.delivery import Pacer
 from minivllm.engine.build import build_engine
 from minivllm.engine.client import LocalClient
 from minivllm.observe.metrics import metrics_for
@@ -142,7 +143,7 @@ POINTS = (
     Point("stop check", "minivllm.scheduler.scheduler:Scheduler._append", _request),
     Point("stop check", "minivllm.scheduler.scheduler:Scheduler._apply_entry", lambda k, _, entry, *rest: {entry.request.seed}),
     Point("stop check", "minivllm.text.stop:StopMatcher.feed", _of_self),
-    Point("stream", "minivllm.async_llm:Mailbox.put", lambda k, _, output: _output(k, output)),
+    Point("stream", "minivllm.delivery:Mailbox.put", lambda k, _, output: _output(k, output)),
     Point("stream", "minivllm.server.routes.completions:_Script.piece", lambda k, _, i, output: _output(k, output)),
     Point("stream", "minivllm.server.routes.chat:_Script.piece", lambda k, _, i, output: _output(k, output)),
     Point("stream", "minivllm.server.routes.chat:Answer.message", lambda k, _, output: _output(k, output)),
@@ -420,8 +421,8 @@ class Stage:
 async def staged(folder: Path, **options: Any) -> AsyncIterator[Stage]:
     """A server, ready."""
     small = {
-        "dtype": "float32", "num_threads": 1, "batch_invariant": True, "max_num_seqs": BATCH + 4, "max_model_len": 128,
-        "max_num_batched_tokens": 256, "num_gpu_blocks_override": 160, "max_logprobs": 5,
+        "device": "cpu", "dtype": "float32", "num_threads": 1, "batch_invariant": True, "max_num_seqs": BATCH + 4,
+        "max_model_len": 128, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 160, "max_logprobs": 5,
     }  # fmt: skip
     config = make_config(model=str(folder), **{**small, **options})
     stack = contextlib.ExitStack()
