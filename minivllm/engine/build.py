@@ -27,7 +27,7 @@ from minivllm.types import EngineInfo
 
 log = logging.getLogger("minivllm")
 MOST_MASK_THREADS = 8  # beyond these, a step's masks take no less time
-MOST_GUIDE_WORKERS, LEAST_GUIDE_WORKERS = 12, 2
+MOST_GUIDE_WORKERS, LEAST_GUIDE_WORKERS = 8, 2
 CORES_OF_LOOPS = 3  # the engine's, the server's and one for whatever else runs
 
 

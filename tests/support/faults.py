@@ -243,7 +243,7 @@ class Faults:
         self.known.of_row[new.row] = new.seed
         self.known.sampling[new.seed] = new.sampling
 
-    def _orders(self, llm: object, orders: Sequence[Any]) -> None:
+    def _orders(self, llm: object, orders: Sequence[Any], *rest: object) -> None:
         self.known.of_order.update({order.id: order.sampling.seed for order in orders})
 
     def _and_after(self, call: Any, args: Any, more: Any) -> Any:
