@@ -147,16 +147,28 @@ def unchunked(data: bytes) -> bytes:
     return b"".join(found)
 
 
+def told_by(stream: bytes) -> bytes:
+    """All that a chat's stream told, put together: how many tokens an event holds is a matter of time."""
+    text, logprobs, ends = "", [], []
+    for line in stream.split(b"\n"):
+        if line.startswith(b"data: {"):
+            choice = json.loads(line[6:])["choices"][0]
+            text += choice["delta"].get("content", "")
+            logprobs += (choice["logprobs"] or {}).get("content", [])
+            ends.append(choice["finish_reason"])
+    return json.dumps([text, logprobs, ends[-1:], b"[DONE]" in stream]).encode()
+
+
 async def canary(server: Server) -> list[bytes]:
-    """Its bytes, but for names and times."""
+    """Its bytes, but for names and times; a stream's, but for where one event ends and the next begins."""
     bodies = []
     for path, body in CANARY:
         reply = await ask(server.port, path, body)
         async with asyncio.timeout(REPLY_S):
             await reply.closed
         data = reply.data.partition(b"\r\n\r\n")[2]
-        if reply.headers.get("transfer-encoding") == "chunked":
-            data = unchunked(data)
+        if body.get("stream"):
+            data = told_by(unchunked(data))
         bodies.append(re.sub(rb'"id":"[^"]*"|"created":\d+', b"", data))
     return bodies
 
@@ -237,7 +249,7 @@ def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float
 def judge_process(name: str, samples: Sequence[dict[str, Any]], warm_up_s: float) -> tuple[str, list[str]]:
     """What is to be said of a process, and what is broken."""
     broken = []
-    before = [s for s in samples if s["t_s"] < warm_up_s]
+    before = [s for s in samples if s["t_s"] < warm_up_s] or samples[:1]
     after = [s for s in samples if s["t_s"] >= warm_up_s]
     files_before = max((s["open_files"].get(name, 0) for s in before), default=0)
     files_after = max((s["open_files"].get(name, 0) for s in after), default=0)

@@ -10,7 +10,8 @@ SCHEMAS: Final = 500
 CANARY: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/v1/completions", {"prompt": STORY, "max_tokens": 24, "seed": 5, "n": 2, "logprobs": 3, "ignore_eos": True}),
     ("/v1/chat/completions",
-     {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, "temperature": 0, "stream": True}),
+     {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, "temperature": 0, "stream": True,
+      "logprobs": True, "top_logprobs": 2}),
 )  # fmt: skip
 BAD: Final[tuple[dict[str, Any], ...]] = (
     {"n": 0}, {"temperature": -1}, {"structured_outputs": {"json": {"type": "wolf"}}}, {"structured_outputs": {"regex": "(a"}},
