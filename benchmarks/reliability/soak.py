@@ -7,7 +7,8 @@ followed by idle moments. At each of these no block may be held, the bytes of a 
 the memory (anonymous pages, resident or swapped out) and the open files of every process of the server are taken down. After
 the warm-up open files must not exceed those of the warm-up's idle moments, and memory must not grow: the 95 % interval of its
 slope holds 0 or ends below 1 MiB/h. A sample follows another by twenty seconds, so they are nearly independent; the interval
-is widened by what correlation of neighbours is left. The pace is such that client and server use ``--load`` cores.
+is widened by what correlation of neighbours is left. The engine keeps compiled grammars up to a bound; it is filled first, with
+requests as they come later, so that from then on one takes the place of another. The pace is such that client and server use ``--load`` cores.
 
 ``--log`` gets a JSON line at each idle moment. SIGINT or SIGTERM end the run early, with a verdict over what there is.
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from benchmarks.reliability.raw_client import Reply, ask
-from benchmarks.reliability.soak_requests import CANARY, Kinds
+from benchmarks.reliability.soak_requests import CANARY, Drawn, Kinds
 from benchmarks.reliability.watched import Server, own_memory_bytes, serve, verdict
 
 OPTIONS: Final = ("--num-threads", "1", "--max-num-seqs", "8", "--max-num-batched-tokens", "256",
@@ -52,6 +53,7 @@ class Sizes:
     round_s: tuple[float, float] = (15.0, 25.0)
     concurrency: int = 16
     load: float = 0.5
+    grammars: int = 1000  # to begin with
     seed: int = 0
 
 
@@ -102,9 +104,9 @@ def _good(reply: Reply, streamed: bool) -> bool:
     return reply.status == 200 and len(body) == int(reply.headers.get("content-length", -1)) and b'"error"' not in head
 
 
-async def client(port: int, kinds: Kinds, rng: random.Random, found: Found) -> None:
+async def client(port: int, drawn: Drawn, rng: random.Random, found: Found) -> None:
     """One request, read to its end or left."""
-    kind, path, body, status = kinds.draw()
+    kind, path, body, status = drawn
     leaves_after_s = (0.0 if rng.random() < 0.3 else rng.expovariate(1 / 0.5)) if rng.random() < 0.25 else None
     reply = await ask(port, path, body)
     await asyncio.wait({reply.closed}, timeout=REPLY_S if leaves_after_s is None else leaves_after_s)
@@ -130,11 +132,22 @@ async def traffic(server: Server, sizes: Sizes, kinds: Kinds, found: Found, stop
         count = rng.randint(sizes.concurrency // 2, sizes.concurrency * 3 // 2)
         async with asyncio.TaskGroup() as group:
             for _ in range(count):
-                group.create_task(client(server.port, kinds, rng, found))
+                group.create_task(client(server.port, kinds.draw(), rng, found))
                 if rng.random() < 0.3:
                     await asyncio.sleep(rng.expovariate(1 / 0.1))
         while cpu_s(pids) - before_s > sizes.load * (time.monotonic() - began_s) and not stop.is_set():
             await asyncio.sleep(0.1)
+
+
+async def fill(server: Server, sizes: Sizes, kinds: Kinds, found: Found, stop: asyncio.Event) -> None:
+    """Ask for so many grammars."""
+
+    async def worker() -> None:
+        while found.kinds["grammars to begin with"] < sizes.grammars and not stop.is_set():
+            found.kinds["grammars to begin with"] += 1
+            await client(server.port, kinds.new_grammar(), kinds.rng, found)
+
+    await asyncio.gather(*[worker() for _ in range(sizes.concurrency)])
 
 
 def unchunked(data: bytes) -> bytes:
@@ -213,6 +226,7 @@ async def soak(server: Server, sizes: Sizes, found: Found, log: TextIO | None = 
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     kinds = Kinds(random.Random(sizes.seed))
     began_s, expected = time.monotonic(), await canary(server)
+    await fill(server, sizes, kinds, found, stop)
     while time.monotonic() - began_s < 60 * sizes.minutes and not stop.is_set():
         round_s, before_s = time.monotonic(), cpu_s([pid for _, pid in processes(server.process.pid)])
         await traffic(server, sizes, kinds, found, stop)

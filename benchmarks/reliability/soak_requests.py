@@ -6,7 +6,8 @@ from itertools import cycle
 from typing import Any, Final
 
 STORY: Final = "Once upon a time there was a small fox who lived near the river with his mother. "
-SCHEMAS: Final = 500
+SCHEMAS: Final = 2000  # more than the engine keeps compiled
+FAVOURITES: Final = 20  # of more that come again and again
 CANARY: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/v1/completions", {"prompt": STORY, "max_tokens": 24, "seed": 5, "n": 2, "logprobs": 3, "ignore_eos": True}),
     ("/v1/chat/completions",
@@ -41,7 +42,7 @@ class Kinds:
         self.rng = rng
         numbers = list(range(SCHEMAS))
         rng.shuffle(numbers)
-        self._schemas = cycle(numbers)  # all of them, before one comes again
+        self._schemas = cycle(numbers)  # all of them, before one comes again: by then it has made room for others
         self._kinds: list[tuple[float, Callable[[], Drawn]]] = [
             (0.30, self._completion), (0.20, self._chat), (0.15, self._grammar), (0.10, self._long),
             (0.08, self._prompt_logprobs), (0.07, self._tokenize), (0.10, self._bad),
@@ -80,7 +81,15 @@ class Kinds:
         return "chat", "/v1/chat/completions", body, 200
 
     def _grammar(self) -> Drawn:
-        found = schema(next(self._schemas))
+        if self.rng.random() < 0.3:
+            return self._under(schema(SCHEMAS + self.rng.randrange(FAVOURITES)))
+        return self.new_grammar()
+
+    def new_grammar(self) -> Drawn:
+        """A request under a grammar that is not known, or no longer."""
+        return self._under(schema(next(self._schemas)))
+
+    def _under(self, found: dict[str, Any]) -> Drawn:
         if self.rng.random() < 0.5:
             body = {"prompt": self._prompt(), **self._common(), "structured_outputs": {"json": found}}
             return "grammar", "/v1/completions", body, 200

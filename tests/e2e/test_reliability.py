@@ -67,7 +67,7 @@ def test_servers_stop_well_and_leave_nothing(benchmark: Any, monkeypatch: pytest
 def test_after_mixed_traffic_with_aborts_nothing_is_held(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     soak = benchmark("soak")
     monkeypatch.setattr(soak, "LEAST_SAMPLES", math.inf)  # what memory does takes an hour to say
-    rows, broken = soak.run(soak.Sizes(0.2, 0.08, (4.0, 5.0), load=2.0))
+    rows, broken = soak.run(soak.Sizes(0.2, 0.08, (4.0, 5.0), load=2.0, grammars=20))
     assert broken == []
     found = table(rows)
     moments, after = (int(n) for n in str(found["idle moments, of them after the warm-up"]).split(", "))
