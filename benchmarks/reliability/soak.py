@@ -8,7 +8,8 @@ the memory (anonymous pages, resident or swapped out) and the open files of ever
 the warm-up open files must not exceed those of the warm-up's idle moments, and memory must not grow: the 95 % interval of its
 slope holds 0 or ends below 1 MiB/h. A sample follows another by twenty seconds, so they are nearly independent; the interval
 is widened by what correlation of neighbours is left. The engine keeps compiled grammars up to a bound; it is filled first, with
-requests as they come later, so that from then on one takes the place of another. The pace is such that client and server use ``--load`` cores.
+requests as they come later, so that from then on one takes the place of another. The pace is
+such that client and server use ``--load`` cores.
 
 ``--log`` gets a JSON line at each idle moment. SIGINT or SIGTERM end the run early, with a verdict over what there is.
 """
