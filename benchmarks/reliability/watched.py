@@ -30,6 +30,7 @@ from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
+MOST_REMEMBERED = 1000  # aborts whose end is awaited
 
 # ------------------------------------------------------------------------------------------------------ inside the server
 
@@ -50,6 +51,8 @@ class Watched:
     def abort(self, ids: Sequence[str]) -> None:
         """Remember when it was asked for."""
         self._aborted |= dict.fromkeys(ids, time.monotonic())
+        while len(self._aborted) > MOST_REMEMBERED:  # of those that had ended already, nothing more will be heard
+            del self._aborted[next(iter(self._aborted))]
         self._client.abort(ids)
 
     async def outputs(self) -> EngineOutput:
@@ -60,8 +63,8 @@ class Watched:
             if record.rows:
                 self._steps.append((record.scheduled_s, record.collected_s))
             for finished in record.finished:
-                if finished.reason == "abort" and finished.id in self._aborted:
-                    then_s = self._aborted.pop(finished.id)
+                then_s = self._aborted.pop(finished.id, None)
+                if finished.reason == "abort" and then_s is not None:
                     steps = sum(collected > then_s and planned < finished.finished_s for planned, collected in self._steps)
                     begun = "prefill" if finished.first_token_s is None else "decode"
                     place = "queued" if finished.scheduled_s is None else begun

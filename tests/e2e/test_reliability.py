@@ -62,3 +62,14 @@ def test_servers_stop_well_and_leave_nothing(benchmark: Any, monkeypatch: pytest
     rows, broken = stops.run(1, 8)
     assert broken == []
     assert table(rows)["files and sockets left"] == 0
+
+
+def test_after_mixed_traffic_with_aborts_nothing_is_held(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak = benchmark("soak")
+    monkeypatch.setattr(soak, "LEAST_SAMPLES", math.inf)  # what memory does takes an hour to say
+    rows, broken = soak.run(soak.Sizes(0.2, 0.08, (4.0, 5.0), load=2.0, grammars=20))
+    assert broken == []
+    found = table(rows)
+    moments, after = (int(n) for n in str(found["idle moments, of them after the warm-up"]).split(", "))
+    assert after >= 1
+    assert found["idle moments with the canary's bytes"] == moments
