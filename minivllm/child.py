@@ -9,6 +9,7 @@ dozen siblings.) A child ends when its socket does, so none outlives its parent.
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import socket
 import subprocess
@@ -94,7 +95,9 @@ def be_child(descriptor: int) -> socket.socket:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
-    return socket.socket(fileno=descriptor)
+    low = os.dup(descriptor)  # a parent with a thousand connections gives a number that ``select`` does not take
+    os.close(descriptor)
+    return socket.socket(fileno=low)
 
 
 def die_with_parent() -> None:

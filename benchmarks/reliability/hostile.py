@@ -210,8 +210,13 @@ def tree(pid: int) -> list[int]:
 
 
 def lasting(pid: int) -> set[int]:
-    """The processes of a server but its helpers, which are replaced when a stranger's program goes beyond its limits."""
-    return {each for each in tree(pid) if b"helper_process" not in Path(f"/proc/{each}/cmdline").read_bytes()}
+    """The processes of a server but its helpers, which are replaced when a stranger's program goes beyond its limits. One that
+    is about to be a helper still has the server's own command line."""
+
+    def command(each: int) -> bytes:
+        return Path(f"/proc/{each}/cmdline").read_bytes()
+
+    return {pid} | {each for each in tree(pid) if b"helper_process" not in command(each) and command(each) != command(pid)}
 
 
 def resident_mib(pid: int) -> float:

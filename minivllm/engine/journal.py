@@ -34,9 +34,14 @@ class Entry:
         self.cached = 0
         self.replayed = False
         self.paused = False
-        self.in_batch = False
+        self.in_batch = self.prepares
         self.fresh = 0  # tokens since the engine that runs now began
         self.strikes = 0
+
+    @property
+    def prepares(self) -> bool:
+        """True for one that the engine is at work for before any step: it makes its grammar."""
+        return self.request.sampling.grammar is not None
 
     @property
     def suspect(self) -> bool:
@@ -106,7 +111,7 @@ class Journal:
                 entry.strikes = 1 if entry.fresh >= TRIAL_TOKENS else entry.strikes + 1
             # A request that nothing came of has not been seen to be in the cache or not.
             entry.replayed = entry.replayed or bool(entry.output) or bool(entry.prompt_told)
-            entry.in_batch, entry.fresh = False, 0
+            entry.in_batch, entry.fresh = entry.prepares, 0
             if entry.strikes >= _GUILTY:
                 del self._entries[entry.request.id]
                 failed.append(TokenEvent(entry.request.id, (), "error", error=_FAILED))

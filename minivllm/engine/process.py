@@ -9,6 +9,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Final, Protocol
 
 import msgspec
@@ -21,6 +22,7 @@ from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching,
 from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
+COMPILE_S: Final = 12.0  # of a kernel that was not compiled beforehand: expected, and waited for five times as long
 BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
 
 
@@ -82,6 +84,8 @@ class EngineServer:
             return error.exit_code
         self._send(msgspec.structs.replace(engine.info, spare_bytes=self._spare_bytes))
         engine.watch(lambda ids, expected_s: self._send(Launching(ids, expected_s)))
+        if engine.info.device != "cpu":
+            _on_compile(lambda: self._send(Launching((), COMPILE_S)))
         more = True  # something is left to prepare
         while self._open:
             for message in self._receive(wait=not (engine.has_work or more)):
@@ -137,3 +141,16 @@ class EngineServer:
             self._sock.sendall(encode(message))
         except (BrokenPipeError, ConnectionResetError):
             self._open = False
+
+
+def _on_compile(begins: Callable[[], None]) -> None:
+    """Call this before Triton compiles a kernel, if Triton is there: a step in which one is compiled takes long."""
+    if find_spec("triton") is None:
+        return
+    import triton
+
+    def hook(**_: object) -> bool:
+        begins()
+        return False  # go on and compile
+
+    triton.knobs.runtime.jit_cache_hook = hook

@@ -90,11 +90,9 @@ def build_runner(
     setup, sizes, spec = ready.setup, ready.sizes, ready.blueprint.spec
     if setup.device.type == "cpu":
         set_threads(config.runner.num_threads, setup.ops)
-    decoder = ready.decoder
-    if decoder is None:
-        kernels_are_ready = _rehearse(config, spec, setup, ready.need, ready.kv, sizes)
-        decoder = _load(config, ready.blueprint, setup, ready.folder, sizes)
-        kernels_are_ready()
+    kernels_are_ready = _rehearse(config, spec, setup, ready.need, ready.kv, sizes)
+    decoder = ready.decoder or _load(config, ready.blueprint, setup, ready.folder, sizes)
+    kernels_are_ready()
     ops = setup.ops
     if config.runner.batch_invariant and ops.native is None and ops.chip is None and config.model.quantization == "none":
         _check_invariant(decoder)

@@ -113,6 +113,6 @@ def test_what_cannot_be_followed_is_refused(client: openai.OpenAI, asked: dict[s
 
 def test_a_grammar_that_nothing_can_follow_ends_its_request_alone(client: openai.OpenAI) -> None:
     extra = {"structured_outputs": {"choice": ["yes", "no"]}, "allowed_token_ids": [5, 6]}
-    with pytest.raises(openai.InternalServerError, match="No token is left"):
+    with pytest.raises(openai.BadRequestError, match="No token is left"):
         client.completions.create(model="stories", prompt="x", extra_body=extra)
     assert complete(client, {"choice": ["yes", "no"]}).choices[0].text in ("yes", "no")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
@@ -242,6 +243,29 @@ def test_an_engine_that_hangs_is_replaced(how: str, tmp_path: Path, capfd: pytes
     run(scene())
     if how == "a step that never ends":  # a watchdog tells where
         assert "in deadly" in capfd.readouterr().err
+
+
+def test_a_server_with_a_thousand_files_can_still_start_one() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1400:
+        pytest.skip("this process may not open enough files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    files = [os.dup(0) for _ in range(1100)]
+    try:
+
+        async def scene() -> None:
+            async with started() as reader:
+                reader.add(wanted := request("r"))
+                await reader.once()
+                os.kill(zygote_of(reader.client), signal.SIGKILL)
+                await reader.until_all_ended()
+                assert reader.tokens["r"] == expected(wanted)
+
+        run(scene())
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_idle_engine_may_be_silent() -> None:

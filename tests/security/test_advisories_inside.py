@@ -26,7 +26,7 @@ from scripted_engine import Live
 from minivllm.child import FrameReader
 from minivllm.config import make_config
 from minivllm.door import locate
-from minivllm.engine.grammars import CACHE_BYTES, Grammars
+from minivllm.engine.guide import CACHE_BYTES, GuideMaker
 from minivllm.engine.ipc import FromEngine, ToEngine
 from minivllm.errors import InvalidRequest, StartupError
 from minivllm.kv.prefix import PrefixKeys
@@ -84,7 +84,7 @@ def test_inner_sockets_have_no_address(repo: Path, advisory: str) -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in makers
     }
-    assert found == {("server/http.py", "create_server"), ("cli/serve.py", "bind")}  # the listener, and a look whether it can be
+    assert found == {("server/listen.py", "bind")}  # the one listener
 
 
 @pytest.mark.parametrize("advisory", ["CVE-2025-24357", "CVE-2025-32434", "CVE-2026-15976", "CVE-2026-15969"])
@@ -184,10 +184,10 @@ def stories(bundled_model: Path) -> Tokenizer:
 
 
 def test_CVE_2025_32381_grammars_that_are_kept_take_bounded_memory(stories: Tokenizer) -> None:
-    grammars = Grammars(lambda: vocabulary(stories, stories.vocab_size, (0,)), stories.vocab_size, 1)
+    maker = GuideMaker(lambda: vocabulary(stories, stories.vocab_size, (0,)), stories.vocab_size)
     for i in range(1500):
-        grammars.prepare(json_grammar({"type": "object", "properties": {f"n{i}": {"description": "x" * 3000}}}), hurries=False).result()
-    assert grammars._bytes <= CACHE_BYTES and len(grammars._made) < 1500
+        maker.make(json_grammar({"type": "object", "properties": {f"n{i}": {"description": "x" * 3000}}}), hurries=False)
+    assert maker._bytes <= CACHE_BYTES and len(maker._made) < 1500
 
 
 HOSTILE_TEXT = ["<tool_call>" * 20_000, "{" * 50_000, "[TOOL_CALLS]" * 10_000, "<function=" * 20_000, '{"name": "' + "\\" * 50_000, "<think>" * 30_000,
@@ -331,8 +331,8 @@ def test_CVE_2026_112266_who_leaves_ends_no_other(start_slow: Callable[[], Live]
         for _ in range(10):
             with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as leaves:
                 next(leaves.iter_bytes())
-        for _ in range(20):
-            next(pieces)
+        while len(live.client.aborted) < 10:
+            assert next(pieces)
         assert not kept & set(live.client.aborted) and len(live.client.aborted) == 10
     assert all(re.fullmatch(r"(cmpl|chatcmpl|gen)-[0-9a-f]{32}-\d+(-\d+)?", added.id) for added in live.client.added)
 
