@@ -199,9 +199,12 @@ def test_a_dead_zygote_is_replaced_too() -> None:
             reader.add(wanted := request("r", 60))
             while not reader.tokens["r"]:
                 await reader.once()
+            engine = engine_of(reader.client)
             os.kill(zygote_of(reader.client), signal.SIGKILL)
             await reader.until_all_ended()
             assert reader.tokens["r"] == expected(wanted)
+            stat = Path(f"/proc/{engine}/stat")  # whoever inherits the dead may not have looked yet
+            assert not stat.exists() or " Z " in stat.read_text()
 
     run(scene())
 
