@@ -49,9 +49,10 @@ class Certain:
     def tell(self, token_ids: Sequence[int]) -> None:
         if self.curse == "tell":
             raise IndexError("cursed")
-        right = self.text[self.at : self.at + len(token_ids)] == list(token_ids)
-        self.at += len(token_ids)
-        self.taken = (len(token_ids), "more") if right else (0, "refused")
+        due = self.text[self.at : self.at + len(token_ids)]
+        right = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(token_ids, due, strict=False))))
+        self.at += right
+        self.taken = (right, "more" if right == len(token_ids) else "refused")
 
     def took(self) -> tuple[int, str]:
         if self.curse == "apply":
