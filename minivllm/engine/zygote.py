@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -91,8 +92,6 @@ class Zygote:
 
     def _receive(self, wake: socket.socket) -> list[object]:
         """Wait for messages, and for engines to end meanwhile. Empty: the server has closed."""
-        import select
-
         while True:
             ready, _, _ = select.select([self._control, wake], [], [])
             if wake in ready:

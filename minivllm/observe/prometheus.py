@@ -60,22 +60,9 @@ class Exposition:
         yield self._counter("engine_restarts", "Engines that took the place of one that died.", m.engine_restarts)
         yield self._counter("prompt_tokens", "Prompt tokens computed.", m.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", m.generation_tokens)
-        finished = CounterMetricFamily(
-            self._prefix + "request_success",
-            "Requests that ended, by reason.",
-            labels=["model_name", "engine", "finished_reason"],
-        )
-        for reason, count in m.finished.items():
-            finished.add_metric([m.model_name, ENGINE, reason], count)
-        yield finished
-        rejections = CounterMetricFamily(
-            self._prefix + "admission_rejections",
-            "Requests and connections that were not taken in, by reason.",
-            labels=["model_name", "engine", "reason"],
-        )
-        for reason, count in m.rejections.items():
-            rejections.add_metric([m.model_name, ENGINE, reason], count)
-        yield rejections
+        yield self._counters("request_success", "Requests that ended, by reason.", "finished_reason", m.finished)
+        text = "Requests and connections that were not taken in, by reason."
+        yield self._counters("admission_rejections", text, "reason", m.rejections)
         for name, histogram in m.histograms.items():
             family = HistogramMetricFamily(self._prefix + name, HISTOGRAM_HELP[name], labels=["model_name", "engine"])
             family.add_metric([m.model_name, ENGINE], histogram.cumulative(), histogram.total)
@@ -91,6 +78,12 @@ class Exposition:
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name", "engine"])
         family.add_metric([self._metrics.model_name, ENGINE], value)
+        return family
+
+    def _counters(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(self._prefix + name, text, labels=["model_name", "engine", label])
+        for value, count in counts.items():
+            family.add_metric([self._metrics.model_name, ENGINE, value], count)
         return family
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
