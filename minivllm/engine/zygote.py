@@ -76,6 +76,7 @@ class Zygote:
                         failure = error
                     gc.collect()
                     gc.freeze()  # or the first collection in an engine would touch, and so copy, every page with objects
+                    gc.collect()  # counts how little is left, by which later collections are timed
                 elif isinstance(message, Hatch):
                     with socket.socket(fileno=self._descriptors.popleft()) as engine:
                         if failure is not None:
