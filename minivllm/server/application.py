@@ -135,12 +135,16 @@ def _describe_bodies(app: FastAPI) -> None:
         document = plain()
         document.setdefault("components", {}).setdefault("schemas", {}).update(components)
         for path, schema in by_path.items():
+            content = {"application/json": {"schema": schema}}
             operation = document["paths"][path]["post"]
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-            operation["responses"]["default"] = {
-                "description": "Failure",
-                "content": {"application/json": {"schema": schemas[-1]}},
-            }
+            operation["requestBody"] = {"required": True, "content": content}
+            if "stream" in structs[path].__struct_fields__:
+                operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        failure = {"description": "Failure", "content": {"application/json": {"schema": schemas[-1]}}}
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's own form of refusal, which no client gets
+                operation["responses"]["default"] = failure
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

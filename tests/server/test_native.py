@@ -147,3 +147,19 @@ def test_openapi_describes_bodies(http: httpx.Client) -> None:
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]["properties"]
     assert {"prompt", "temperature", "stream"} <= set(fields)
+
+
+def test_openapi_tells_the_replies_there_are(http: httpx.Client) -> None:
+    paths: dict[str, Any] = http.get("/openapi.json").json()["paths"]
+    told = {
+        path: {code: list(reply.get("content", ())) for code, reply in operation["responses"].items()}
+        for path, operations in paths.items()
+        for operation in operations.values()
+    }
+    assert {tuple(codes) for codes in told.values()} == {("200", "default")}, "a refusal has one form, and it is not FastAPI's"
+    for path, content in (("/live", []), ("/health", []), ("/metrics/prometheus", ["text/plain"])):
+        assert told[path]["200"] == content
+        assert http.get(path).headers.get("content-type", "").split(";")[0] == "".join(content)
+    assert told["/generate"]["200"] == ["text/event-stream"]
+    assert told["/v1/completions"]["200"] == ["application/json", "text/event-stream"]
+    assert told["/tokenize"]["200"] == ["application/json"]

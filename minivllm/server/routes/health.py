@@ -11,7 +11,7 @@ from minivllm.server.serving import serving
 router = APIRouter()
 
 
-@router.get("/live")
+@router.get("/live", response_class=Response)
 async def live() -> Response:
     """200: the server's loop turns."""
     return Response()
@@ -25,7 +25,7 @@ async def ready(request: Request) -> Response:
 
 
 @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
-@router.get("/health")
+@router.get("/health", response_class=Response)
 async def health(request: Request) -> Response:
     """200 when a token came within the last seconds, if need be one that was asked for now; else 503."""
     return Response(status_code=200 if await serving(request).health.healthy() else 503)

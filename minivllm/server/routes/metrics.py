@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from minivllm.observe.prometheus import CONTENT_TYPE
 from minivllm.server.replies import json_response
@@ -20,7 +20,7 @@ async def metrics(request: Request) -> Response:
     return json_response(serving(request).llm.metrics.json())
 
 
-@router.get("/metrics/prometheus")
+@router.get("/metrics/prometheus", response_class=PlainTextResponse)
 async def prometheus(request: Request) -> Response:
     """The exposition format in any case."""
     return Response(serving(request).llm.metrics.prometheus(), headers={"content-type": CONTENT_TYPE})

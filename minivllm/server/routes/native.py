@@ -25,7 +25,7 @@ DEFAULT_MAX_TOKENS = 128  # or what is left of the context, if that is less
 router = APIRouter()
 
 
-@router.post("/generate")
+@router.post("/generate", response_class=Response, responses={200: {"content": {EventStream.media_type: {}}}})
 async def generate(request: Request) -> Response:
     """Stream a completion of ``prompt`` as plain text events."""
     refuse_foreign_origin(request)
