@@ -80,7 +80,7 @@ test: lint
 
 # The kernels' tests compiled, on the GPU; without MINIVLLM_TEST_GPU they run in Triton's interpreter.
 GPU_TESTS := tests/kernels/triton_kernels tests/attention/test_triton.py tests/runner/test_device_runner.py \
-  tests/runner/test_rehearsal.py tests/models/test_loader.py tests/parity/test_device.py
+  tests/runner/test_rehearsal.py tests/models/test_loader.py tests/parity/test_device.py tests/engine/test_compiling.py
 test-gpu: $(VENV)/.installed-test
 	MINIVLLM_TEST_GPU=1 $(BIN)/python -m pytest -n 8 $(GPU_TESTS) $(ARGS)
 
