@@ -7,9 +7,9 @@ followed by idle moments. At each of these no block may be held, the bytes of a 
 the memory (anonymous pages, resident or swapped out) and the open files of every process of the server are taken down. After
 the warm-up open files must not exceed those of the warm-up's idle moments, and memory must not grow: the 95 % interval of its
 slope holds 0 or ends below 1 MiB/h. A sample follows another by twenty seconds, so they are nearly independent; the interval
-is widened by what correlation of neighbours is left. The engine keeps compiled grammars up to a bound; it is filled first, with
-requests as they come later, so that from then on one takes the place of another. The pace is
-such that client and server use ``--load`` cores.
+is widened by what correlation of neighbours is left. Tables with bounds are filled first, so that from then on one entry takes
+the place of another: compiled grammars (so many that the heap, too, has the holes it comes to have), words that the tokenizer
+knows, texts of tokens. The pace is such that client and server use ``--load`` cores.
 
 ``--log`` gets a JSON line at each idle moment. SIGINT or SIGTERM end the run early, with a verdict over what there is.
 """
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from benchmarks.reliability.raw_client import Reply, ask
-from benchmarks.reliability.soak_requests import CANARY, Drawn, Kinds
+from benchmarks.reliability.soak_requests import CANARY, Drawn, Kinds, every_token
 from benchmarks.reliability.watched import Server, own_memory_bytes, serve, verdict
 
 OPTIONS: Final = ("--num-threads", "1", "--max-num-seqs", "8", "--max-num-batched-tokens", "256",
@@ -54,7 +54,8 @@ class Sizes:
     round_s: tuple[float, float] = (15.0, 25.0)
     concurrency: int = 16
     load: float = 0.5
-    grammars: int = 1000  # to begin with
+    grammars: int = 3000  # to begin with
+    words: int = 20_000  # likewise; the tokenizers library keeps 10,000
     seed: int = 0
 
 
@@ -141,7 +142,9 @@ async def traffic(server: Server, sizes: Sizes, kinds: Kinds, found: Found, stop
 
 
 async def fill(server: Server, sizes: Sizes, kinds: Kinds, found: Found, stop: asyncio.Event) -> None:
-    """Ask for so many grammars."""
+    """Ask for every token's text, for so many words and so many grammars."""
+    for drawn in (every_token(), *[kinds.new_words(1000) for _ in range(sizes.words // 1000)]):
+        await client(server.port, drawn, kinds.rng, found)
 
     async def worker() -> None:
         while found.kinds["grammars to begin with"] < sizes.grammars and not stop.is_set():

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any, Final
 
 STORY: Final = "Once upon a time there was a small fox who lived near the river with his mother. "
-SCHEMAS: Final = 2000  # more than the engine keeps compiled
+SCHEMAS: Final = 6000  # more than the engine keeps compiled
 FAVOURITES: Final = 20  # of more that come again and again
 CANARY: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/v1/completions", {"prompt": STORY, "max_tokens": 24, "seed": 5, "n": 2, "logprobs": 3, "ignore_eos": True}),
@@ -33,6 +33,11 @@ def schema(number: int) -> dict[str, Any]:
     ]  # fmt: skip
     names = [f"f{number}_{i}" for i in range(rng.randint(1, 6))]
     return {"type": "object", "properties": {name: rng.choice(leaves) for name in names}, "required": names}
+
+
+def every_token() -> Drawn:
+    """The text of all tokens of the bundled model's vocabulary."""
+    return "tokens to begin with", "/detokenize", {"tokens": list(range(4096))}, 200
 
 
 class Kinds:
@@ -88,6 +93,10 @@ class Kinds:
     def new_grammar(self) -> Drawn:
         """A request under a grammar that is not known, or no longer."""
         return self._under(schema(next(self._schemas)))
+
+    def new_words(self, count: int) -> Drawn:
+        """A text of words that nobody wrote before."""
+        return "words to begin with", "/tokenize", {"prompt": " ".join(f"w{self.rng.random()}" for _ in range(count))}, 200
 
     def _under(self, found: dict[str, Any]) -> Drawn:
         if self.rng.random() < 0.5:
