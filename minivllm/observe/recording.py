@@ -76,6 +76,11 @@ class Recorder:
         self._thread.start()
         atexit.register(self.close)  # a daemon thread is not waited for
 
+    @property
+    def thread_ident(self) -> int:
+        """The thread that writes, for whoever measures it; 0 before ``begin``."""
+        return self._thread.ident or 0
+
     def add(self, record: StepRecord) -> None:
         """Record one more. Never waits and never raises ``OSError``."""
         if not self._on:
