@@ -21,10 +21,11 @@ from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, QueueT
 from minivllm.observe.explain import Explanations
 from minivllm.observe.metrics import Metrics
 from minivllm.observe.trail import Trail
+from minivllm.records import StepRecord
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
-from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, RequestOutput, SamplingParams, StepRecord
+from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, RequestOutput, SamplingParams
 
 log = logging.getLogger("minivllm")
 
@@ -61,7 +62,7 @@ class AsyncLLM:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metrics
-        self.explanations = Explanations(config.served_names[0], opened_only=True) if config.server.step_records else None
+        self.explanations = Explanations(config.served_names[0], opened_only=True) if config.observe.step_records else None
         self.alive = True
         self.last_token_s = 0.0  # when one last came, on time.monotonic()
         self._client = client

@@ -5,16 +5,19 @@ prefill, decode, preempted, paused. A state ends, and the next begins, with a st
 face knows besides (when it had the request, when its answer was out) lies in the request's ``Trail``. ``explanation.py`` says
 what comes of it.
 
-A step costs work for its rows and for the few waiting requests that it names. Hundreds may wait without being named, all for
-the same reason (``StepRecord.rest_waits``): for these there is one sum for each reason, and a request that begins to wait so
-remembers the sums of that moment. The difference is its own, whenever somebody asks.
+A step costs a look at each of its rows and some work for those to which something happens. What happens to many at once is
+summed up once, and each remembers the sums of the moment when it joined in; the difference is its own, whenever somebody asks.
+So it is with those that decode in every step, and with those that wait and are not named, all for the same reason
+(``StepRecord.rest_waits``).
 
 Kept are the requests that run and the last texts that ended, ``capacity`` of them.
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -29,7 +32,8 @@ from minivllm.observe.explanation import (
     uncovered_s,
 )
 from minivllm.observe.trail import Trail
-from minivllm.types import ArrivalRecord, GenerateRequest, PreemptionRecord, StepRecord
+from minivllm.records import ArrivalRecord, PreemptionRecord, RowRecord, StepRecord
+from minivllm.types import GenerateRequest
 
 CAPACITY = 1024
 _MAX_WAITS = 32  # different reasons of one request
@@ -40,6 +44,7 @@ _SAT_OUT = "policy: the steps held other requests' work alone"
 _PREFILL, _DECODE = "prefill", "decode"
 _RUNNING = (_PREFILL, _DECODE)
 _QUEUED = ("queue", "preempted")
+_NEVER = -1
 _Sums = dict[str, tuple[float, int]]  # seconds and steps for each reason
 
 
@@ -52,6 +57,15 @@ class _Wait:
         self.seconds = 0.0
         self.steps = 0
         self.behind: dict[str, None] = {}
+
+
+class _Steps(NamedTuple):
+    """Sums over all steps so far."""
+
+    turn: int = 0  # their number
+    others: int = 0  # rows but one
+    between_s: float = 0.0  # from one's end to the planning of the next
+    ended_s: float = 0.0  # when the result of the last was in
 
 
 @dataclass(slots=True)
@@ -69,9 +83,9 @@ class _Sequence:
     """One text on its way through the engine. Written by ``Explanations``."""
 
     __slots__ = (
-        "arrival_s", "arrived", "between_s", "cached", "chunks", "ended_s", "id", "last_s", "last_step", "losses", "most",
-        "named", "num_output", "num_prompt", "parent", "phases", "reason", "request", "rest", "shared", "since_s", "state",
-        "steps", "waits",
+        "arrival_s", "arrived", "between_s", "cached", "chunks", "ended_s", "id", "joined", "last_s", "last_turn", "losses",
+        "most", "named", "num_output", "num_prompt", "parent", "phases", "reason", "request", "rest", "shared", "since_s",
+        "state", "steps", "turn", "waits",
     )  # fmt: skip
 
     def __init__(self, name: str, arrival_s: float, num_prompt: int, parent: str | None, request: "_Request") -> None:
@@ -90,8 +104,10 @@ class _Sequence:
         self.cached: int | None = None
         self.chunks: list[int] = []
         self.steps = self.shared = self.most = 0
-        self.last_step = -1
-        self.last_s = arrival_s  # when the result of its last step was in
+        self.last_turn = _NEVER  # its last step, unless it decodes in every one
+        self.last_s = arrival_s  # when the result of that was in
+        self.turn = _NEVER  # the newest step, if it decodes in every one
+        self.joined = _Steps()  # the sums when it began to
         self.between_s = 0.0
         self.losses: list[_Loss] = []
         self.num_output: int | None = None
@@ -153,6 +169,9 @@ class Explanations:
         self._ahead: tuple[str, ...] = ()  # of them, in the newest step
         self._was_ahead: tuple[str, ...] = ()  # in the one before
         self._before: tuple[str, ...] = ()  # who had a row in the step before the newest
+        self._steps = _Steps()
+        self._peaks: list[tuple[int, int]] = []  # turn and others, falling: what is largest since a turn is the first behind it
+        self._streaks: dict[str, _Sequence] = {}  # those that decode in every step
         self._last_s = 0.0  # the newest record's stamp
 
     # -------------------------------------------------------------------------------------------------- what a face tells
@@ -167,6 +186,7 @@ class Explanations:
         """A text has ended in the eyes of its face: the engine ended it, a stop string came, or its client went away."""
         sequence = self._live.get(sequence_id)
         if sequence is not None:
+            self._part(sequence)
             at_s = sequence.last_s if sequence.state in _RUNNING else now_s
             self._end(sequence, reason, num_output, max(at_s, sequence.since_s))
         elif num_output is not None and (request := self._of_sequence.get(sequence_id)) is not None:
@@ -240,8 +260,7 @@ class Explanations:
         self._rest_now = (record.rest_waits, now_s)
         self._was_ahead = self._ahead
         rows = tuple([row.id for row in record.rows[:MAX_BEHIND]]) if record.num_waiting or record.waits else ()
-        others = record.waits and record.rest_waits.startswith(("order", "blocks: several"))
-        self._ahead = tuple([wait.id for wait in record.waits[:MAX_BEHIND]]) if others else rows
+        self._ahead = record.rest_behind[:MAX_BEHIND] or rows
         named, self._named = self._named, []
         for sequence in named:
             if sequence.named is not None:
@@ -252,8 +271,8 @@ class Explanations:
         for wait in record.waits:
             waiting = self._live.get(wait.id)
             if waiting is not None and waiting.state in _QUEUED:
-                waiting.rest = None
-                waiting.named = (wait.reason, now_s, wait.behind or rows)
+                self._settle(waiting, now_s, self._was_ahead)
+                waiting.named = (wait.reason, max(now_s, waiting.since_s), wait.behind or rows)
                 self._named.append(waiting)
 
     def _stays_fresh(self, sequence: _Sequence, now_s: float) -> bool:
@@ -289,35 +308,75 @@ class Explanations:
 
     def _run(self, record: StepRecord) -> None:
         """The rows of a step."""
-        live, step, now_s, collected_s = self._live, record.step, record.scheduled_s, record.collected_s
-        others = len(record.rows) - 1
+        live, before = self._live, self._steps
+        turn, others = before.turn + 1, len(record.rows) - 1
+        different: list[tuple[RowRecord, _Sequence]] = []
+        num_streaks = 0
         for row in record.rows:
             sequence = live.get(row.id)
             if sequence is None:
                 continue
-            if sequence.state not in _RUNNING:
-                if sequence.state == "paused" or now_s < sequence.since_s:
-                    continue  # a step that was in flight when it lost its row
-                self._admit(sequence, now_s)
-            elif sequence.last_step == step - 1:
-                if now_s > sequence.last_s:
-                    sequence.between_s += now_s - sequence.last_s
-            elif sequence.last_step >= 0:
-                sequence.wait(_SAT_OUT, max(0.0, now_s - sequence.last_s), step - 1 - sequence.last_step, self._before)
-            if row.kind == _PREFILL:
-                if sequence.cached is None:
-                    sequence.cached = min(row.cached, sequence.num_prompt)
-                _add_chunk(sequence.chunks, row.num_tokens)
-            elif sequence.state == _PREFILL:
-                sequence.close(sequence.last_s)
-                sequence.state = _DECODE
-            sequence.last_step = step
-            sequence.last_s = collected_s
+            if sequence.turn == before.turn:  # nearly every row of nearly every step
+                sequence.turn = turn
+                num_streaks += 1
+            else:
+                different.append((row, sequence))
+        if num_streaks < len(self._streaks):
+            for sequence in [s for s in self._streaks.values() if s.turn != turn]:
+                self._part(sequence)
+        between_s = before.between_s + max(0.0, record.scheduled_s - before.ended_s)
+        self._steps = steps = _Steps(turn, before.others + others, between_s, record.collected_s)
+        while self._peaks and self._peaks[-1][1] <= others:
+            self._peaks.pop()
+        self._peaks.append((turn, others))
+        for row, sequence in different:
+            if sequence.state not in _RUNNING and (sequence.state == "paused" or record.scheduled_s < sequence.since_s):
+                continue  # the step was in flight when it lost its row
+            self._row(row, sequence, record)
+            sequence.last_turn, sequence.last_s = turn, record.collected_s
             sequence.steps += 1
             sequence.shared += others
-            if others > sequence.most:
-                sequence.most = others
+            sequence.most = max(sequence.most, others)
+            if sequence.state == _DECODE:
+                sequence.turn, sequence.joined = turn, steps
+                self._streaks[sequence.id] = sequence
         self._before = tuple([row.id for row in record.rows[:MAX_BEHIND]])
+
+    def _row(self, row: RowRecord, sequence: _Sequence, record: StepRecord) -> None:
+        """A row whose sequence did not decode in the step before."""
+        now_s, missed = record.scheduled_s, self._steps.turn - 1 - sequence.last_turn
+        if sequence.state not in _RUNNING:
+            self._admit(sequence, now_s)
+        elif not missed:
+            sequence.between_s += max(0.0, now_s - sequence.last_s)
+        else:
+            sequence.wait(_SAT_OUT, max(0.0, now_s - sequence.last_s), missed, self._before)
+        if row.kind == _PREFILL:
+            if sequence.cached is None:
+                sequence.cached = min(row.cached, sequence.num_prompt)
+            _add_chunk(sequence.chunks, row.num_tokens)
+        elif sequence.state == _PREFILL:
+            sequence.close(max(sequence.last_s, sequence.since_s))
+            sequence.state = _DECODE
+
+    def _catch_up(self, sequence: _Sequence) -> None:
+        """Give a sequence that decodes in every step its share of the sums."""
+        if sequence.turn != _NEVER:
+            now, then = self._steps, sequence.joined
+            if now.turn > then.turn:
+                sequence.steps += now.turn - then.turn
+                sequence.shared += now.others - then.others
+                sequence.between_s += now.between_s - then.between_s
+                peak = self._peaks[bisect_left(self._peaks, (then.turn + 1, -1))][1]
+                sequence.most = max(sequence.most, peak)
+            sequence.last_turn, sequence.last_s, sequence.joined = now.turn, now.ended_s, now
+
+    def _part(self, sequence: _Sequence) -> None:
+        """It does not decode in every step any more; the newest step that was summed up was its last."""
+        if sequence.turn != _NEVER:
+            self._catch_up(sequence)
+            sequence.turn = _NEVER
+            del self._streaks[sequence.id]
 
     def _admit(self, sequence: _Sequence, now_s: float) -> None:
         """It takes a row."""
@@ -332,7 +391,8 @@ class Explanations:
         sequence = self._live.get(preemption.id)
         if sequence is None:
             return
-        was_in = record.step >= 0 and sequence.last_step == record.step
+        self._part(sequence)
+        was_in = record.step >= 0 and sequence.last_turn == self._steps.turn
         at_s = max(record.collected_s if was_in or record.step < 0 else record.scheduled_s, sequence.last_s)
         if sequence.state in _RUNNING:
             if len(sequence.losses) < _MAX_LOSSES:
@@ -344,8 +404,9 @@ class Explanations:
 
     def _leave(self, sequence: _Sequence, at_s: float) -> None:
         """Its row is gone: what it was at ends."""
+        self._part(sequence)
         sequence.close(at_s)
-        sequence.last_step = -1
+        sequence.last_turn = _NEVER
 
     def _set_state(self, name: str, state: str, record: StepRecord) -> None:
         """The engine let go of a sequence for its reader's sake, or takes it back."""
@@ -363,6 +424,7 @@ class Explanations:
             self._fresh.append(sequence)
 
     def _end(self, sequence: _Sequence, reason: str, num_output: int | None, at_s: float) -> None:
+        self._part(sequence)
         self._settle(sequence, at_s, self._ahead)
         sequence.num_output = _num_output(sequence) if num_output is None else num_output
         sequence.close(at_s)
@@ -412,19 +474,21 @@ class Explanations:
         told = self._tell(request, last, now_s, delivers=True)
         if len(each) == 1:
             return told
+        told_each = tuple(self._tell(request, s, now_s) for s in each)
         of_prompts = [s for s in each if s.parent is None]
         return msgspec.structs.replace(
             told,
             id=request.id,
             prompt_tokens=sum(s.num_prompt for s in of_prompts),
             cached_tokens=sum(s.cached or 0 for s in of_prompts),
-            output_tokens=sum(_num_output(s) for s in each),
-            sequences=tuple(self._tell(request, s, now_s) for s in each),
+            output_tokens=sum(s.output_tokens for s in told_each),
+            sequences=told_each,
             first_text_s=None if trail is None or trail.first_text_s is None else trail.first_text_s - trail.received_s,
         )
 
     def _tell(self, request: _Request, s: _Sequence, now_s: float, *, delivers: bool = False) -> Explanation:
         """Of one text; ``delivers``: up to the end of its answer, not of the text."""
+        self._catch_up(s)
         trail = request.trail
         zero_s = s.arrival_s if trail is None else trail.received_s
         ended_s = now_s if s.ended_s is None else s.ended_s

@@ -10,7 +10,7 @@ nothing is put down to a phase because it is left over. What no phase covers is 
 | queue | it is handed to the engine, or comes back from a pause or a restart | the step is planned in which it takes a row |
 | prefill | that step is planned | the result of the last step with a part of its prompt is in |
 | decode | the same result, which brings a token | the result with the last one is in, or its row is taken away |
-| preempted | the step is planned for which its blocks were taken (or its step failed) | a step is planned that has its row again |
+| preempted | the step is planned for which its blocks were taken (or its step failed) | a step is planned with it again |
 | paused | the engine lets go of it, since its reader does not read | the engine takes it back |
 | restart | the engine is found dead | the next one is ready |
 | deliver | the engine has its last token | the last byte is handed to the connection |
