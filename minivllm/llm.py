@@ -93,7 +93,8 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         outputs = OutputProcessor(self.tokenizer)
-        requests, done = [], {}
+        requests: list[GenerateRequest] = []
+        done: dict[str, Completion] = {}
         book = Explanations(self.config.served_names[0], capacity=2**31) if explain else None
         for prompt, params in zip(prompts, each, strict=True):
             trail = Trail(time.monotonic())

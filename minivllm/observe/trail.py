@@ -27,9 +27,9 @@ class Trail:
         finally:
             self._phases.append((name, began_s, time.monotonic()))
 
-    def received(self) -> None:
+    def received(self, now_s: float | None = None) -> None:
         """The whole request is there."""
-        self._phases.append(("received", self.received_s, time.monotonic()))
+        self._phases.append(("received", self.received_s, time.monotonic() if now_s is None else now_s))
 
     @property
     def phases(self) -> Sequence[tuple[str, float, float]]:
