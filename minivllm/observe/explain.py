@@ -98,17 +98,16 @@ class Explanations:
             self.restarted(self._last_s, record.scheduled_s)
         for arrival in record.arrived:
             self._arrive(arrival)
+        if record.paused or record.resumed:
+            self._pause(record, before=True)
         if record.step >= 0:
             self._waits.decide(record, self._live)
             self._rows.take(record, self._live)
         for preemption in record.preempted:
             if (course := self._live.get(preemption.id)) is not None:
                 self._preempt(course, preemption, record)
-        for names, state in ((record.paused, "paused"), (record.resumed, "queue")):
-            for name in names:
-                if (course := self._live.get(name)) is not None:
-                    self._leave(course, record.collected_s)
-                    self._enqueue(course, state, record.collected_s)
+        if record.paused or record.resumed:
+            self._pause(record, before=False)
         for finished in record.finished:
             if (course := self._live.get(finished.id)) is not None:
                 self._end(course, finished.reason, finished.num_output, max(finished.finished_s, course.since_s))
@@ -156,9 +155,23 @@ class Explanations:
         if at_s <= record.scheduled_s:
             self._waits.begin_with(course)  # for the reason that this very step gives
 
+    def _pause(self, record: StepRecord, *, before: bool) -> None:
+        """Nobody reads what some say, or reads it again: ``before`` the step was planned, but for those who were in it when they
+        were paused."""
+        rows = {row.id for row in record.rows}.difference(record.resumed)
+        for name in record.paused:
+            if (course := self._live.get(name)) is not None and (name not in rows) == before:
+                self._leave(course, record.scheduled_s if before else record.collected_s)
+                self._enqueue(course, "paused", course.since_s)
+        for name in record.resumed if before else ():
+            if (course := self._live.get(name)) is not None:
+                self._leave(course, record.scheduled_s)
+                self._enqueue(course, "queue", record.scheduled_s)
+
     def _leave(self, course: Course, at_s: float) -> None:
         """What it was at ends, and if it had a row, that is gone."""
         self._rows.part(course)
+        at_s = max(at_s, course.last_s)
         self._waits.over(course, at_s)
         course.close(at_s)
         course.last_turn = NEVER

@@ -51,7 +51,8 @@ def tell(model: str, course: Course, now_s: float, waits: Waits, *, delivers: bo
             spans.append(("deliver", ended_s, done_s))
             ended_s = done_s
     zero_s = trail.received_s
-    phases = tuple(Phase(name, begin_s - zero_s, end_s - zero_s) for name, begin_s, end_s in spans)
+    phases = tuple(Phase(name, _us(begin_s - zero_s), _us(end_s - zero_s)) for name, begin_s, end_s in spans)
+    total_s = _us(ended_s - zero_s)
     return Explanation(
         id=course.request.id if len(course.request.courses) == 1 else course.id,
         model=model,
@@ -59,10 +60,10 @@ def tell(model: str, course: Course, now_s: float, waits: Waits, *, delivers: bo
         cached_tokens=course.cached or 0,
         output_tokens=course.output_tokens,
         finish_reason=course.reason,
-        total_s=ended_s - zero_s,
-        first_text_s=None if first_s is None else first_s - zero_s,
+        total_s=total_s,
+        first_text_s=None if first_s is None else _us(first_s - zero_s),
         phases=phases,
-        unexplained_s=uncovered_s(ended_s - zero_s, phases),
+        unexplained_s=_us(uncovered_s(total_s, phases)),
         waits=_waits(course, now_s, waits),
         chunks=tuple(course.chunks),
         steps=course.steps,
@@ -72,8 +73,8 @@ def tell(model: str, course: Course, now_s: float, waits: Waits, *, delivers: bo
 
 
 def _preempted(loss: Loss, zero_s: float) -> Preempted:
-    away_s = None if loss.until_s is None else loss.until_s - loss.at_s
-    return Preempted(loss.at_s - zero_s, loss.reason, loss.by, loss.tokens, away_s)
+    away_s = None if loss.until_s is None else _us(loss.until_s - loss.at_s)
+    return Preempted(_us(loss.at_s - zero_s), loss.reason, loss.by, loss.tokens, away_s)
 
 
 def _waits(course: Course, now_s: float, waits: Waits) -> tuple[Waiting, ...]:
@@ -86,8 +87,16 @@ def _waits(course: Course, now_s: float, waits: Waits) -> tuple[Waiting, ...]:
         had_s, had, names = found.get(text, (0.0, 0, ()))
         both = tuple(dict.fromkeys([*names, *(name for name in behind if name != course.id)]))
         found[text] = (had_s + seconds, had + steps, both[:MAX_BEHIND])
-    told = [Waiting(text.partition(":")[0], text.partition(": ")[2], *values) for text, values in found.items()]
+    told = [
+        Waiting(text.partition(":")[0], text.partition(": ")[2], _us(seconds), steps, behind)
+        for text, (seconds, steps, behind) in found.items()
+    ]
     return tuple(sorted(told, key=lambda wait: -wait.seconds))
+
+
+def _us(seconds: float) -> float:
+    """Whole microseconds: more is noise."""
+    return round(seconds, 6)
 
 
 def masked(told: Explanation, is_own: Callable[[str], bool]) -> Explanation:

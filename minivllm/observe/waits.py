@@ -14,6 +14,8 @@ from minivllm.records import StepRecord
 
 _NOT_TAKEN: Final = "engine: it had not taken the request in yet (a step was running, or its grammar was being made)"
 
+_UNSAID: Final = "order: the step was planned before it waited"  # its row was taken away in the same planning
+
 
 class Waits:
     """Written by ``Explanations``."""
@@ -22,7 +24,7 @@ class Waits:
         self._fresh: list[Course] = []  # in the queue, but no step was planned with a look at them yet
         self._named: list[Course] = []  # those with a reason of their own in the newest step
         self._rest: Sums = {}  # of the others
-        self._now = ("", 0.0)  # their reason, and since when
+        self._now = (_UNSAID, 0.0)  # their reason, and since when
         self._ahead: tuple[str, ...] = ()  # who is ahead of them in the newest step
         self._was_ahead: tuple[str, ...] = ()  # and in the one before
 
@@ -37,16 +39,15 @@ class Waits:
 
     def restart(self, now_s: float) -> None:
         """Nothing that was said holds any more."""
-        self._named, self._now = [], ("", now_s)
+        self._named, self._now = [], (_UNSAID, now_s)
 
     def decide(self, record: StepRecord, live: Mapping[str, Course]) -> None:
         """A step was planned: whoever waited has waited until now, and waits on for the reasons that the record gives."""
         now_s = record.scheduled_s
         text, since_s = self._now
-        if text:
-            seconds, steps = self._rest.get(text, (0.0, 0))
-            self._rest[text] = (seconds + max(0.0, now_s - since_s), steps + 1)
-        self._now = (record.rest_waits, now_s)
+        seconds, steps = self._rest.get(text, (0.0, 0))
+        self._rest[text] = (seconds + max(0.0, now_s - since_s), steps + 1)
+        self._now = (record.rest_waits or _UNSAID, now_s)
         rows = tuple([row.id for row in record.rows[:MAX_BEHIND]]) if record.num_waiting or record.waits else ()
         self._was_ahead, self._ahead = self._ahead, record.rest_behind[:MAX_BEHIND] or rows
         named, self._named = self._named, []
@@ -79,7 +80,7 @@ class Waits:
 
     def over(self, course: Course, now_s: float) -> None:
         """It waits no more, for another reason."""
-        if course.rest is not None and self._now[0]:
+        if course.rest is not None:
             course.wait(self._now[0], max(0.0, now_s - self._now[1]), 1, self._ahead)
         self._put_down(course, now_s, self._ahead)
 
@@ -111,5 +112,4 @@ class Waits:
             sums, was_ahead = course.rest
             for text, seconds, steps in self._since(sums):
                 yield text, seconds, steps, (*was_ahead, *self._ahead)
-            if self._now[0]:
-                yield self._now[0], max(0.0, now_s - self._now[1]), 1, self._ahead
+            yield self._now[0], max(0.0, now_s - self._now[1]), 1, self._ahead
