@@ -156,8 +156,8 @@ class Explanations:
             self._waits.begin_with(course)  # for the reason that this very step gives
 
     def _pause(self, record: StepRecord, *, before: bool) -> None:
-        """Nobody reads what some say, or reads it again: ``before`` the step was planned, but for those who were in it when they
-        were paused."""
+        """Nobody reads what some say, or reads it again: ``before`` the step was planned, but for those who were in it when
+        they were paused."""
         rows = {row.id for row in record.rows}.difference(record.resumed)
         for name in record.paused:
             if (course := self._live.get(name)) is not None and (name not in rows) == before:
