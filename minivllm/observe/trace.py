@@ -27,6 +27,7 @@ class _Track:
     """One request's. Written by ``_Tracer``."""
 
     number: int
+    arrival_us: int
     drawn_us: int  # until when steps were drawn
     ended: bool = False
     last: tuple[int, int] | None = None  # when its last step began, and in which lane that is
@@ -66,10 +67,9 @@ class _Tracer:
 
     def _arrive(self, name: str, arrival_s: float) -> Iterator[Event]:
         number, at_us = len(self._tracks) + 1, self._us(arrival_s)
-        self._tracks[name] = _Track(number, at_us)
+        self._tracks[name] = _Track(number, at_us, at_us)
         yield {"name": "thread_name", "ph": "M", "pid": REQUESTS, "tid": number, "args": {"name": name}}
         yield {"name": "thread_sort_index", "ph": "M", "pid": REQUESTS, "tid": number, "args": {"sort_index": number}}
-        yield _flow("s", number, REQUESTS, number, at_us)
 
     def _slices(self, record: StepRecord) -> Iterator[Event]:
         """The step in its lane, and in the tracks of its rows."""
@@ -93,6 +93,8 @@ class _Tracer:
             track = self._tracks.get(row.id)
             if track is None or track.ended:
                 continue  # it ended while this step was in flight
+            if track.last is None:
+                yield _flow("s", track.number, REQUESTS, track.number, track.arrival_us)
             begin_us = max(stamps[0], track.drawn_us)
             track.drawn_us = max(stamps[3], begin_us)
             told = {"step": record.step, "start": row.start, "tokens": row.num_tokens, "shared_with": len(record.rows) - 1}
@@ -115,12 +117,12 @@ class _Tracer:
         if track.last is not None:
             begin_us, lane = track.last
             yield _flow("f", track.number, ENGINE, lane, begin_us)
-            track.last = None
 
     def finish(self, now_s: float) -> Iterator[Event]:
         """The requests with their phases, and the arrows of those that run still."""
         for name, track in self._tracks.items():
-            yield from self._arrow_ends(track)
+            if not track.ended:
+                yield from self._arrow_ends(track)
             told, spans = self.book.explain(name, now_s), self.book.spans(name, now_s)
             if told is None or not spans:
                 continue
