@@ -157,6 +157,8 @@ class AsyncLLM:
     def open(self, orders: Sequence[Order], may_wait_s: float | None = None, trail: Trail | None = None) -> Mailbox:
         """Generate for all of these, or for none: raises a ``RequestError`` subclass when one is refused. Of requests that
         ``may_wait_s`` in the queue the mailbox fails when nothing came by then. One with a ``trail`` can be explained."""
+        if trail is not None:
+            trail.finish()
         requests: dict[str, GenerateRequest] = {}
         for order in orders:
             requests[order.id] = self._accept(order, requests, trail)

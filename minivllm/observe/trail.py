@@ -17,6 +17,7 @@ class Trail:
         self.delivered_s: float | None = None  # when the last byte was
         self.on_delivered: Callable[[], None] | None = None
         self._phases: list[tuple[str, float, float]] = []
+        self._begun: tuple[str, float] | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -30,6 +31,16 @@ class Trail:
     def received(self, now_s: float | None = None) -> None:
         """The whole request is there."""
         self._phases.append(("received", self.received_s, time.monotonic() if now_s is None else now_s))
+
+    def begin(self, name: str) -> None:
+        """A phase begins that will end elsewhere."""
+        self._begun = (name, time.monotonic())
+
+    def finish(self) -> None:
+        """What has begun ends now."""
+        if self._begun is not None:
+            self._phases.append((*self._begun, time.monotonic()))
+            self._begun = None
 
     @property
     def phases(self) -> Sequence[tuple[str, float, float]]:

@@ -118,6 +118,7 @@ class Serving:
             with self.admitted(request.scope, orders) as mailbox:
                 return await mailbox.whole()
 
+        trail_of(request.scope).begin("admit")
         return await self.drain.run(work(), request.receive)
 
     @contextmanager
