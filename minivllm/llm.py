@@ -7,7 +7,7 @@ test wants.
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +19,9 @@ from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
 from minivllm.observe.explain import Explanations
 from minivllm.observe.explanation import Explanation
+from minivllm.observe.recording import Recorder
 from minivllm.observe.trail import Trail
+from minivllm.records import EngineOutput
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import (
@@ -61,9 +63,13 @@ class LLM:
         ``StartupError``."""
         config = make_config(**options, **({"model": model} if model is not None else {}))
         config, folder = locate(config)
-        self.config = config
+        path = config.observe.record_steps
+        self._recorder = None if path is None else Recorder(path)
+        self.config = config = replace(config, observe=replace(config.observe, step_records=0))  # nobody could ask for them
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder(config, folder), config.model.chat_template)
         self.engine = build_engine(config)
+        if self._recorder is not None:
+            self._recorder.begin(self.engine.info, config.served_names[0])
         self._seeds = random.Random(config.model.seed)
         self._next_id = 0
         self._vocabulary: LLTokenizer | None = None
@@ -186,7 +192,7 @@ class LLM:
         book: Explanations | None,
     ) -> None:
         while self.engine.has_work:
-            message = self.engine.step()
+            message = self._step()
             if message is None:
                 continue
             if book is not None and message.record is not None:
@@ -202,8 +208,17 @@ class LLM:
             if progress is not None:
                 progress(sum(len(e.token_ids) for e in message.events))
 
+    def _step(self) -> EngineOutput | None:
+        """The engine's next step, recorded if steps are."""
+        message = self.engine.step()
+        if self._recorder is not None and message is not None and message.record is not None:
+            self._recorder.add(message.record)
+        return message
+
     def close(self) -> None:
-        """Let the engine and its memory go."""
+        """Let the engine and its memory go, and end the recording."""
+        if self._recorder is not None:
+            self._recorder.close()
         del self.engine
 
 
