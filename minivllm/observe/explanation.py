@@ -5,9 +5,9 @@ nothing is put down to a phase because it is left over. What no phase covers is 
 
 | phase | from | to |
 |---|---|---|
-| received | the request's head is there | its body is read and checked |
+| received | the request's head is there | its body is read, and its fields are checked |
 | tokenize | the route begins to make a prompt | its tokens are there (template, grammar's trial) |
-| admit | its prompt is made, and it is for the server's loop to see whether there is room | it is handed to the engine |
+| admit | its prompt is made, and the server looks whether there is room | it is handed to the engine |
 | queue | it is handed to the engine, or comes back from a pause or a restart | the step is planned in which it takes a row |
 | prefill | that step is planned | the result of the last step with a part of its prompt is in |
 | decode | the same result, which brings a token | the result with the last one is in, or its row is taken away |

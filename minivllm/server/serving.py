@@ -118,7 +118,6 @@ class Serving:
             with self.admitted(request.scope, orders) as mailbox:
                 return await mailbox.whole()
 
-        trail_of(request.scope).begin("admit")
         return await self.drain.run(work(), request.receive)
 
     @contextmanager
@@ -170,11 +169,14 @@ def serving(request: Request) -> Serving:
 
 @contextmanager
 def prompting(request: Request, request_id: str) -> Iterator[None]:
-    """While this block runs, prompts are made of the body of a request that its client will know by ``request_id``."""
+    """While this block runs, prompts are made of the body of a request that its client will know by ``request_id``; it was read
+    and checked before."""
     trail = trail_of(request.scope)
     trail.request_id = request_id
+    trail.received()
     with trail.phase("tokenize"):
         yield
+    trail.begin("admit")
 
 
 async def read_json(request: Request, form: Form[F]) -> F:
@@ -187,9 +189,7 @@ async def read_json(request: Request, form: Form[F]) -> F:
 async def read_form(request: Request, form: Form[F]) -> F:
     """The body, whatever its content type says. A long one is read beside the event loop. Raises what ``Form.read`` raises."""
     body = await read_body(request)
-    read = await asyncio.to_thread(form.read, body) if len(body) > LONG_BODY_BYTES else form.read(body)
-    trail_of(request.scope).received()
-    return read
+    return await asyncio.to_thread(form.read, body) if len(body) > LONG_BODY_BYTES else form.read(body)
 
 
 async def read_body(request: Request) -> bytes:

@@ -104,7 +104,6 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end. Raises a ``RequestError`` only before the first byte, so that it can still have its status."""
         error: RequestError
-        trail_of(scope).begin("admit")
         extension = scope.get("extensions", {}).get(SEND_CHUNK)
         send_chunk = _through(send) if extension is None else extension["send"]
         try:

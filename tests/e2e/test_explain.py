@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer, serve
+from chrome_trace import Trace
+from live_server import LiveServer, command, serve
 
 LONG = "The little bear went into the wood to look for honey. "
 CHAT = [{"role": "user", "content": "Tell me a story."}]
@@ -72,7 +75,7 @@ def test_a_reply_says_where_its_time_went(narrow: LiveServer) -> None:
     reply = ask(narrow, "/v1/chat/completions", messages=CHAT, max_tokens=8)
     told, usage = reply["explain"], reply["usage"]
     check(told)
-    assert names(told) == ["received", "tokenize", "queue", "prefill", "decode", "deliver"]
+    assert names(told) == ["received", "tokenize", "admit", "queue", "prefill", "decode", "deliver"]
     assert told["id"] == reply["id"] and told["model"] == reply["model"] and told["finish_reason"] == "length"
     assert (told["prompt_tokens"], told["output_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert told["chunks"] == [usage["prompt_tokens"]] and told["steps"] == 8 and told["shared_with"] == {"mean": 0.0, "max": 0}
@@ -197,10 +200,34 @@ def test_another_engine_is_a_phase_of_its_own() -> None:
         check(told)
         assert told["output_tokens"] == 400 and told["finish_reason"] == "length" and told["preemptions"] == []
         assert names(told) == [
-            "received", "tokenize", "queue", "prefill", "decode", "restart", "queue", "prefill", "decode", "deliver"
+            "received", "tokenize", "admit", "queue", "prefill", "decode", "restart", "queue", "prefill", "decode", "deliver"
         ]  # fmt: skip
-        away_s = told["phases"][5]["ended_s"] - told["phases"][5]["began_s"]
+        away_s = told["phases"][6]["ended_s"] - told["phases"][6]["began_s"]
         assert away_s > 0.05 and told["unexplained_s"] < away_s
         fresh = ask(live, prompt="The", max_tokens=2)["explain"]
         check(fresh)
         assert "restart" not in names(fresh)
+
+
+def test_a_recording_explains_as_the_server_does(tmp_path: Path) -> None:
+    path = tmp_path / "steps.bin"
+    with serve("--max-num-seqs", "1", "--record-steps", str(path)) as live, ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, live, prompt=f"Story {i}", max_tokens=20) for i in range(3)]
+        told = {reply["id"]: reply["explain"] for reply in (one.result() for one in asked)}
+        assert live.stop() == 0
+    done = subprocess.run(command("explain", str(path), "--json"), capture_output=True, text=True, check=True)
+    recorded = {one["id"].removesuffix("-0"): one for one in map(json.loads, done.stdout.splitlines())}
+    assert told.keys() <= recorded.keys()
+    for name, one in told.items():
+        check(recorded[name])
+        inside = [p for p in one["phases"] if p["name"] in ("queue", "prefill", "decode")]
+        spans = [(p["name"], p["began_s"], p["ended_s"]) for p in recorded[name]["phases"][1:-1]]
+        assert recorded[name]["phases"][0]["name"] == "received"  # and all that was done before the queue
+        for (kind, began_s, ended_s), phase in zip(spans, inside, strict=True):
+            assert kind == phase["name"]
+            assert (began_s, ended_s) == pytest.approx((phase["began_s"], phase["ended_s"]), abs=3e-6)
+        for key in ("steps", "chunks", "output_tokens", "finish_reason", "waits", "shared_with"):
+            assert recorded[name][key] == one[key]
+    subprocess.run(command("trace", str(path), "-o", str(tmp_path / "trace.json")), capture_output=True, check=True)
+    trace = Trace(json.loads((tmp_path / "trace.json").read_text()))
+    assert sum(pid == 2 for pid, _ in trace.names) == len(recorded)

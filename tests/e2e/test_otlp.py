@@ -89,7 +89,7 @@ def test_a_request_is_a_span_with_a_span_for_each_phase(collector: Collector) ->
     assert wanted.items() <= found.items()
     children = {s.name: s for s in collector.spans if s.parent_span_id == root.span_id}
     told = first["explain"]
-    assert set(children) == {"received", "tokenize", "queue", "prefill", "decode", "deliver"}
+    assert set(children) == {"received", "tokenize", "admit", "queue", "prefill", "decode", "deliver"}
     for phase in told["phases"][:-1]:
         child = children[phase["name"]]
         assert child.trace_id == root.trace_id

@@ -41,11 +41,11 @@ async def completions(request: Request) -> Response:
     with prompting(request, head.id):
         searches = await _searches(s, body, head.id) if check_beams(body) else []
         orders = [order for order, p in searches for _ in range(p.beam_width)] or await _orders(s, body, head.id)
+        texts = await _echoes(s, orders) if body.echo else [""] * len(orders)
     num_samples = searches[0][1].beam_width if searches else orders[0].sampling.n
     counts = Counts(num_samples, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
-    texts = await _echoes(s, orders) if body.echo else [""] * len(orders)
     prompts = _Prompts([order.prompt_ids for order in orders], texts, logprobs_of(body.logprobs) if body.echo else None)
     if body.stream:
         return EventStream(s, orders, _Script(_Telling(head, counts, asked, prompts, explain), usage))
