@@ -119,10 +119,11 @@ class Course:
 class Request:
     """What one caller asked for: one text or several. Written by ``Explanations``."""
 
-    __slots__ = ("courses", "id", "num_open", "trail")
+    __slots__ = ("courses", "has_face", "id", "num_open", "trail")
 
-    def __init__(self, name: str, trail: Trail) -> None:
+    def __init__(self, name: str, trail: Trail, *, has_face: bool = True) -> None:
         self.id = name
         self.trail = trail
+        self.has_face = has_face  # somebody tells of its delivery; else records alone tell of it
         self.courses: list[Course] = []
         self.num_open = 0  # of them

@@ -190,6 +190,8 @@ class Explanations:
         request = course.request
         request.num_open -= 1
         if not request.num_open:
+            if not request.has_face:
+                request.trail.delivered_s = at_s
             self._ended[request.id] = request
             self._num_ended += len(request.courses)
             while self._num_ended > self._capacity and len(self._ended) > 1:
@@ -251,4 +253,4 @@ def _unopened(arrival: ArrivalRecord) -> Request:
     trail = Trail(received_s, arrival.tenant)
     if received_s < arrival.arrival_s:
         trail.received(arrival.arrival_s)
-    return Request(arrival.id, trail)
+    return Request(arrival.id, trail, has_face=False)

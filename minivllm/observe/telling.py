@@ -48,7 +48,8 @@ def tell(model: str, course: Course, now_s: float, waits: Waits, *, delivers: bo
         first_s = trail.first_text_s
         if course.ended_s is not None:
             done_s = max(now_s if trail.delivered_s is None else trail.delivered_s, ended_s)
-            spans.append(("deliver", ended_s, done_s))
+            if done_s > ended_s:
+                spans.append(("deliver", ended_s, done_s))
             ended_s = done_s
     zero_s = trail.received_s
     phases = tuple(Phase(name, _us(begin_s - zero_s), _us(end_s - zero_s)) for name, begin_s, end_s in spans)
