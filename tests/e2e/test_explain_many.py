@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import json
 import random
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -82,3 +84,12 @@ def test_each_second_of_many_requests_has_its_place_and_its_reason() -> None:
         assert one["finish_reason"] in ("length", "stop")
     assert sum(len(text["preemptions"]) for text in texts) > 0
     assert {w["reason"] for text in texts for w in text["waits"]} >= {"blocks", "rows", "engine"}
+
+
+def test_the_benchmark_draws_requests_and_measures_the_fold(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repo))
+    benchmark = import_module("benchmarks.observe.explain")
+    drawn = list(benchmark.bodies(40, 1))
+    assert len(drawn) == 40 and all(body["explain"] is True for _, body in drawn)
+    assert {path for path, _ in drawn} == {"/v1/completions", "/v1/chat/completions"}
+    assert benchmark.fold_us(4, 3, 5) > 0
