@@ -15,7 +15,7 @@ from minivllm.observe.trace import trace_events
 
 def run(argv: Sequence[str]) -> int:
     """Write the trace."""
-    parser = Parser("trace", "Draw a recording (--record-steps) as a trace in Chrome's format, which Perfetto opens.", "FILE [options]")
+    parser = Parser("trace", "Draw a recording (--record-steps) as a trace for Perfetto.", "FILE [options]")
     parser.add_argument("file", metavar="FILE", help="recording that mini-vllm serve --record-steps wrote")
     parser.add_argument("-o", "--output", default="trace.json", help="file to write [trace.json]; - is stdout")
     found = parser.read(argv)
