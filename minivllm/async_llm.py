@@ -19,6 +19,8 @@ from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, QueueTimeout
 from minivllm.observe.metrics import Metrics
+from minivllm.observe.recording import Recorder
+from minivllm.observe.steps import Steps
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
@@ -54,11 +56,19 @@ class AsyncLLM:
     """The engine for an event loop. Written by that loop alone; ``run`` must be running as a task."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, config: Config, metrics: Metrics, pacer: Pacer | None = None
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        config: Config,
+        metrics: Metrics,
+        pacer: Pacer | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metrics
+        self.steps = Steps(client.info.block_size, config.observe.step_records, recorder)
+        self._recorder = recorder
         self.alive = True
         self.last_token_s = 0.0  # when one last came, on time.monotonic()
         self._client = client
@@ -93,6 +103,8 @@ class AsyncLLM:
                 if message.record is not None:
                     with _logged("a step was not counted"):
                         self.metrics.observe(message.record)
+                    with _logged("a step was not recorded"):
+                        self.steps.add(message.record, self._client.health.num_restarts)
                     if message.record.num_output_tokens:
                         self.last_token_s = time.monotonic()
                 self.metrics.engine_restarts = self._client.health.num_restarts
@@ -255,7 +267,9 @@ class AsyncLLM:
         )
 
     async def close(self) -> None:
-        """Stop the engine and the helpers."""
+        """Stop the engine and the helpers, and end the recording."""
         self.helpers.close()
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
         with contextlib.suppress(ConnectionError):
             await self._client.close()

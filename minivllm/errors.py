@@ -236,6 +236,10 @@ class NotEnoughMemory(StartupError):
     """The model or its cache does not fit into the memory it was given."""
 
 
+class BadRecording(StartupError):
+    """A file is no recording of steps, or it is damaged."""
+
+
 class PortInUse(StartupError):
     """The address to listen on is taken or not allowed."""
 

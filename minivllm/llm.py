@@ -7,7 +7,7 @@ test wants.
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +17,8 @@ from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
+from minivllm.observe.recording import Recorder
+from minivllm.records import EngineOutput
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import (
@@ -57,9 +59,13 @@ class LLM:
         ``StartupError``."""
         config = make_config(**options, **({"model": model} if model is not None else {}))
         config, folder = locate(config)
-        self.config = config
+        path = config.observe.record_steps
+        self._recorder = None if path is None else Recorder(path)
+        self.config = config = replace(config, observe=replace(config.observe, step_records=0))  # nobody could ask for them
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder(config, folder), config.model.chat_template)
         self.engine = build_engine(config)
+        if self._recorder is not None:
+            self._recorder.begin(self.engine.info, config.served_names[0])
         self._seeds = random.Random(config.model.seed)
         self._next_id = 0
         self._vocabulary: LLTokenizer | None = None
@@ -168,7 +174,7 @@ class LLM:
         self, outputs: OutputProcessor, done: dict[str, Completion], progress: Callable[[int], None] | None
     ) -> None:
         while self.engine.has_work:
-            message = self.engine.step()
+            message = self._step()
             if message is None:
                 continue
             news, to_abort = outputs.process(message.events)
@@ -178,8 +184,17 @@ class LLM:
             if progress is not None:
                 progress(sum(len(e.token_ids) for e in message.events))
 
+    def _step(self) -> EngineOutput | None:
+        """The engine's next step, recorded if steps are."""
+        message = self.engine.step()
+        if self._recorder is not None and message is not None and message.record is not None:
+            self._recorder.add(message.record)
+        return message
+
     def close(self) -> None:
-        """Let the engine and its memory go."""
+        """Let the engine and its memory go, and end the recording."""
+        if self._recorder is not None:
+            self._recorder.close()
         del self.engine
 
 
