@@ -1,4 +1,4 @@
-"""The page as a file and as a reply: its size, what it may load, how it is cached, and colours that everybody can tell apart."""
+"""The page as a file and as a reply: size, what it may load, how it is cached, colours that everybody can tell apart."""
 
 import base64
 import hashlib
