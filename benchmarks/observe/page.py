@@ -105,73 +105,108 @@ def heap_bytes(page: Any) -> int:
 
 def picture(page: Any, folder: Path, name: str) -> None:
     """The page as it is now."""
-    page.mouse.move(2, 2)
-    page.wait_for_timeout(600)
     page.screenshot(path=folder / f"page-{name}.png")
     print(folder / f"page-{name}.png", f"{(folder / f'page-{name}.png').stat().st_size / 1000:.0f} kB")
 
 
-def fill(page: Any, **options: str) -> None:
-    """Options of the playground, which has them all on its form."""
-    for name, value in options.items():
-        page.locator(f"[name={name}]").fill(value)
+# In the page, so that it happens at the very step: [after so many steps, which eight to send, tokens of each]; the picture
+# holds still when the last number of steps is reached, or so many after somebody was preempted.
+SCENE = """async ([sends, last, preempted]) => {
+    const seq = () => Number(document.documentElement.dataset.seq), first = seq(), $ = (id) => document.querySelector(id);
+    const reached = async (there) => { while (!there()) await new Promise((go) => setTimeout(go, 2)); };
+    for (const [after, which, tokens] of sends) {
+        await reached(() => seq() >= first + after);
+        $("#which").value = which;
+        $("[name=max_tokens]").value = tokens;
+        $("#eight").click();
+    }
+    const gaveWay = (r) => r.seq > first && r.preempted.length;
+    await reached(() => seq() >= first + last || glass.records.slice(0, -preempted).some(gaveWay));
+    window.requestAnimationFrame = () => 0;
+}"""
 
 
-def send(page: Any, which: str, tokens: int) -> None:
-    """Eight at once."""
-    page.select_option("#which", which)
-    fill(page, max_tokens=str(tokens))
-    page.click("#eight")
+def scene(page: Any, *sends: tuple[int, str, int], last: int, preempted: int = 1000) -> None:
+    """Send eights at certain steps, and hold the picture at another."""
+    page.evaluate(SCENE, [[list(one) for one in sends], last, preempted])
+
+
+def idle(page: Any) -> None:
+    """Wait until nothing runs."""
+    while not page.evaluate("document.querySelector('#stop').disabled && !glass.state.blocks.held.length"):
+        page.wait_for_timeout(50)
+
+
+def seek(page: Any, at: int) -> None:
+    """Go to a step of what is replayed."""
+    page.evaluate(
+        "at => { const s = document.querySelector('#seek'); s.value = at; s.dispatchEvent(new Event('input')); }", at
+    )
+    page.wait_for_timeout(300)
+
+
+def look_at_shared(page: Any) -> None:
+    """Click on the block that most requests share."""
+    held = page.evaluate("glass.state.blocks.held")
+    block = max(held, key=lambda one: len(one[2]))[1]
+    page.focus("#kv")
+    page.keyboard.press("Home")
+    for _ in range(block - 1):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
 
 
 def screenshots(folder: Path) -> int:
-    """All pictures, of the bundled model with a cache that is too small for all that is sent."""
+    """All pictures, of the bundled model."""
     folder.mkdir(parents=True, exist_ok=True)
     recording = folder / "page.rec"
-    small = ("--num-gpu-blocks-override", "150", "--max-num-seqs", "12", "--max-num-batched-tokens", "64")
-    with program("minivllm", "serve", "--port", "0", *small, "--record-steps", str(recording)) as url, chromium() as browser:
+    with chromium() as browser:
 
-        def visit(width: int, height: int, **context: Any) -> Any:
-            page = browser.new_context(viewport={"width": width, "height": height}, **context).new_page()
+        def visit(url: str, width: int = 1280, height: int = 800, **context: Any) -> Any:
+            context = {"viewport": {"width": width, "height": height}, "reduced_motion": "reduce", **context}
+            page = browser.new_context(**context).new_page()
             page.goto(url)
             page.wait_for_timeout(1000)
+            idle(page)
             return page
 
-        page = visit(1280, 800)
-        picture(page, folder, "empty")
-        send(page, "many", 70)
-        page.wait_for_timeout(1500)
-        send(page, "same", 90)
-        page.wait_for_timeout(2600)
-        picture(page, folder, "light")
-        page = visit(1280, 800, color_scheme="dark")
-        send(page, "many", 100)
-        page.wait_for_timeout(900)
-        send(page, "same", 100)
-        page.wait_for_timeout(1800)
-        picture(page, folder, "dark")
-        page = visit(380, 780, device_scale_factor=2, has_touch=True, is_mobile=True)
-        send(page, "many", 80)
-        page.evaluate("document.querySelector('#batch-title').scrollIntoView()")
-        page.wait_for_timeout(1600)
-        picture(page, folder, "phone")
-        page = visit(1280, 800)
-        page.fill("#prompt", LONG)
-        send(page, "same", 90)
-        page.wait_for_timeout(1800)
-        page.click("#kv", position={"x": 10, "y": 10})
-        picture(page, folder, "kv")
-        page.wait_for_timeout(5000)
-        page = visit(1280, 800)
-        page.set_input_files("#file", recording)
-        page.wait_for_timeout(1500)
-        page.evaluate("() => { const s = document.querySelector('#seek'); s.value = 95; s.dispatchEvent(new Event('input')); }")
-        page.focus("#batch")
-        page.keyboard.press("End")
-        page.keyboard.press("Enter")
-        picture(page, folder, "replay")
+        with serving(140, "--record-steps", str(recording)) as url:
+            page = visit(url)
+            scene(page, (0, "many", 44), (1, "same", 120), last=66)
+            picture(page, folder, "light")
+            page = visit(url, 380, 780, device_scale_factor=2, has_touch=True, is_mobile=True)
+            page.evaluate("document.querySelector('#eight').scrollIntoView()")
+            scene(page, (0, "many", 80), last=19)
+            picture(page, folder, "phone")
+            page = visit(url)
+            page.fill("#prompt", LONG)
+            page.select_option("#which", "same")
+            page.click("#eight")
+            idle(page)
+            page.click("#pause")
+            seek(page, page.evaluate("glass.records.findLastIndex((r) => r.rows.length > 7)") - 20)
+            look_at_shared(page)
+            picture(page, folder, "kv")
+            page = visit(url)
+            page.set_input_files("#file", recording)
+            page.wait_for_timeout(1500)
+            seek(page, 52)
+            page.focus("#batch")
+            page.keyboard.press("End")
+            page.keyboard.press("Enter")
+            picture(page, folder, "replay")
+        with serving(58) as url:  # too few blocks: somebody has to give way
+            page = visit(url, color_scheme="dark")
+            scene(page, (0, "many", 110), (1, "same", 110), last=150, preempted=16)
+            picture(page, folder, "dark")
     recording.unlink()
     return 0
+
+
+def serving(num_blocks: int, *more: str) -> Any:
+    """A server of the bundled model with a small cache; its address."""
+    small = ("--num-gpu-blocks-override", str(num_blocks), "--max-num-seqs", "12", "--max-num-batched-tokens", "64")
+    return program("minivllm", "serve", "--port", "0", "--log-level", "warning", *small, *more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,11 +9,14 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from live_server import LiveServer
+from live_server import LiveServer, serve
 from page_driver import live, mode, shown, until, wait_idle
 
+from minivllm.errors import InvalidRequest
 from minivllm.observe.state import State
 from minivllm.records import StepRecord
+from minivllm.server.protocol import CompletionBody
+from minivllm.types import SETTLED, SamplingParams
 
 LONG = "Once upon a time there was a little fox who lived in a small house by the sea with her mother and father. " * 3
 
@@ -470,3 +473,68 @@ def test_a_recording_may_be_dropped_anywhere(page: Any, write_recording: Callabl
     assert page.is_hidden("#drop")
     page.click("#leave")
     mode(page, "live")
+
+
+# ---------------------------------------------------------------------------------------------------------------- options
+
+
+def test_every_sampling_option_is_there_with_its_bounds(page: Any) -> None:
+    """What the types say of requests, the form offers; and a number field's bounds are where the engine draws the line."""
+    names = set(page.eval_on_selector_all("label.field [name]", "found => found.map(f => f.name)"))
+    sampling = {f for f in SamplingParams.__struct_fields__ if f not in SETTLED} - {"grammar"}
+    routes = {"echo", "best_of", "use_beam_search", "length_penalty", "truncate_prompt_tokens", "truncation_side",
+              "add_special_tokens", "cache_salt", "priority", "structured_outputs"}  # fmt: skip
+    assert names == sampling | routes
+    assert names <= {f.name for f in msgspec.structs.fields(CompletionBody)}
+    bounds = page.eval_on_selector_all(
+        "label.field input[type=number]", "found => found.map(f => [f.name, f.min, f.max])"
+    )
+    checked = 0
+    for name, low, high in bounds:
+        if name not in sampling:
+            continue
+        whole = isinstance(getattr(SamplingParams(), name), int) or name in ("max_tokens", "logprobs", "prompt_logprobs")
+        kind, past = (int, 1) if whole else (float, 0.001)
+        for text, beyond in ((low, -past), (high, past)):
+            if text == "":
+                continue
+            open_end = {"top_p": 0.001, "repetition_penalty": 0.001}.get(name, 0) if text == low else 0  # over 0, not 0
+            inside = kind(float(text) + open_end)
+            SamplingParams(**{name: inside, **({"max_tokens": 9} if name == "min_tokens" else {})})
+            with pytest.raises(InvalidRequest):
+                SamplingParams(**{name: kind(float(text) + beyond)})
+            checked += 1
+    assert checked >= 20
+
+
+def test_the_engines_own_explanation_is_shown(page: Any, server: LiveServer) -> None:
+    page.click("#send")
+    until(page, "document.querySelector('#talk .link')")
+    wait_idle(page)
+    page.click("#talk .link")
+    until(page, "document.querySelector('#looked .bar')")
+    name = page.inner_text("#looked dd >> nth=0")
+    told = httpx.get(f"{server.url}/requests/{name}").json()
+    phases = page.eval_on_selector_all("#looked table:first-of-type tbody tr", "rows => rows.map(r => r.cells[0].textContent)")
+    assert phases[: len(told["phases"])] == [p["name"] for p in told["phases"]]
+    assert f"steps\n{told['steps']}" in page.inner_text("#looked")
+
+
+def test_another_server_in_its_place_is_found(visit: Callable[..., Any]) -> None:
+    with serve("--num-gpu-blocks-override", "60") as first:
+        port = first.url.rsplit(":", 1)[1]
+        page = visit(first.url, may_log="net::ERR|Failed to load|TypeError: network error|stream")
+        live(page)
+        page.click("#eight")
+        wait_idle(page)
+        seen = page.evaluate("glass.records.length")
+    until(page, "document.querySelector('#status').className === 'off'")
+    page.click("#send")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert page.inner_text("#problem") == "The server does not answer; is it still running?"
+    with serve("--num-gpu-blocks-override", "80", "--port", port):
+        until(page, "document.querySelector('#status').textContent.trim() === 'live' && glass.state.blocks.total === 79")
+        assert page.evaluate("glass.records.length") < seen
+        page.click("#eight")
+        until(page, "glass.records.some(r => r.rows.length === 8)")
+        wait_idle(page)
