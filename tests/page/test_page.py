@@ -447,6 +447,8 @@ def test_a_recording_that_was_cut_off_shows_what_is_whole(page: Any, write_recor
         (gzip.compress(msgspec.msgpack.encode(HEADER)), "holds no steps"),
         (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode({"rows": 3})), "is damaged"),
         (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode({"rows": [3]})), "cannot be read"),
+        (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode(made_record(0, "a", freed=[[0, 1]]) | {
+            "rows": [{"id": "a", "start": 0, "num_tokens": 1, "kind": "decode", "blocks": [[2**40]]}]})), "is damaged"),
     ],
 )
 def test_what_is_no_recording_is_said_so(page: Any, tmp_path: Path, content: bytes, problem: str) -> None:
