@@ -205,7 +205,8 @@ def test_a_step_and_a_request_are_looked_at_closely(page: Any, eight: list[tuple
     titles = page.eval_on_selector_all("#looked tbody .link[title]", "found => found.map(b => b.title)")
     assert titles[: len(record.rows)] == [row.id for row in record.rows]
     page.locator("#looked tbody .link[title]").first.click()
-    assert record.rows[0].id in page.inner_text("#looked") and "prompt chunks" in page.inner_text("#looked")
+    until(page, "document.querySelector('#looked').textContent.includes('prompt chunks')")
+    assert record.rows[0].id in page.inner_text("#looked")
     page.keyboard.press("Escape")
     assert page.is_visible("#play") and page.evaluate("document.activeElement.id") == "batch"
 
