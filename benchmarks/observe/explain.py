@@ -13,13 +13,18 @@ import asyncio
 import json
 import random
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import msgspec
 
 from benchmarks.reliability.soak_requests import Kinds
 from benchmarks.reliability.watched import percentile, serve, verdict
 from minivllm.bench.client import fetch_json, record_events
+from minivllm.observe.explain import Explanations
+from minivllm.records import ArrivalRecord, FinishedTimes, RowRecord, StepRecord
 
 IN_ANY_PHASE = ("between steps", "the steps held")  # how the sentences begin of waits that lie in other phases than the queue's
 Told = dict[str, Any]
@@ -61,6 +66,32 @@ async def ask_all(url: str, found: argparse.Namespace) -> tuple[list[Told], int]
     for sentence, count in failures.items():
         print(f"{count} requests failed: {sentence}")
     return told, failures.total()
+
+
+def fold_us(num_rows: int = 256, num_waiting: int = 500, num_steps: int = 500) -> float:
+    """Microseconds of the server's event loop that one step costs: all rows decode, and one ends and one begins each time."""
+    names = deque(f"cmpl-{i:032x}-0" for i in range(num_rows))
+    arrivals = [ArrivalRecord(f"cmpl-{i:032x}-0", 0.0, 10, 10) for i in range(num_rows + num_steps + num_waiting)]
+    book, encoded = Explanations("stories"), []
+    for step in range(num_steps + 1):
+        rows = [RowRecord(name, 10, 1, "decode") for name in names]
+        if step:
+            rows.append(RowRecord(f"cmpl-{num_rows + step:032x}-0", 0, 10, "prefill"))
+            names.append(rows[-1].id)
+        times = [step * 0.01 + part for part in (0.0, 0.001, 0.008, 0.009)]
+        ended = names.popleft()
+        life = (ended, "length", 10, 0, 9, 10, 0, 0.0, 0.0, 0.0, times[3])
+        record = StepRecord(
+            step, *times, tuple(rows), len(rows), num_waiting, (), "rows: max_num_seqs requests are running", 9, 0, 0, 9, 0, 0,
+            10, len(rows), (), (), (FinishedTimes(*life),), arrived=() if step else tuple(arrivals),  # type: ignore[arg-type]
+        )  # fmt: skip
+        encoded.append(msgspec.msgpack.encode(record))
+    records = [msgspec.msgpack.decode(one, type=StepRecord) for one in encoded]
+    book.observe(records[0])
+    began_s = time.process_time()
+    for record in records[1:]:
+        book.observe(record)
+    return 1e6 * (time.process_time() - began_s) / num_steps
 
 
 def spent(told: Told, *names: str) -> float:
@@ -119,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("unexplained, ms", ", ".join(f"{name} {percentile(unexplained_ms, share):.3f}" for name, share in
                                       (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)))),
         ("the most is behind", f"{before} at {at_s:.3f} s, before {after}: {1e3 * longest_s:.3f} ms"),
+        ("a step of 256 rows costs, us", f"{fold_us():.0f} of the server's event loop"),
         ("waits without a reason, ms", f"at most {1e3 * max(map(without_reason, texts)):.3f}"),
     ]  # fmt: skip
     broken = [

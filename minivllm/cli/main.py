@@ -19,7 +19,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "chat": ("minivllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("minivllm.cli.bench", "measure: throughput, latency, serve"),
     "explain": ("minivllm.cli.explain", "say why the requests of a recording took as long as they did"),
-    "trace": ("minivllm.cli.trace", "draw a recording as a trace for Perfetto or Chrome"),
+    "trace": ("minivllm.cli.trace", "draw a recording as a trace for Perfetto"),
     "models": ("minivllm.cli.models", "list the models on this machine, or fetch one"),
 }
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
