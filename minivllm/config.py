@@ -210,6 +210,18 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class ObserveConfig:
+    """What is kept of the steps, for those who want to see them."""
+
+    step_records: Annotated[int, Opt("Records of steps that GET /steps has; 0: it does not answer.", low=0, high=10**6)] = 4096
+    record_tokens: Annotated[
+        bool | None,
+        Opt("Tell tokens in records of steps, to all who may read them; none: where there are no API keys.", common=False),
+    ] = None
+    record_steps: Annotated[str | None, Opt("File to write the records of all steps into, compressed.")] = None
+
+
+@dataclass(frozen=True)
 class Config:
     """All options of the engine and the server."""
 
@@ -218,11 +230,21 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether records of steps tell tokens. With keys, those who have one are not to read each other's prompts unasked."""
+        wanted, server = self.observe.record_tokens, self.server
+        read = self.observe.step_records > 0 or self.observe.record_steps is not None
+        return read and (not (server.api_key or server.api_key_file) if wanted is None else wanted)
 
     @property
     def without_keys(self) -> "Config":
         """The same for processes that have no use for the clients' keys."""
-        return dataclasses.replace(self, server=dataclasses.replace(self.server, api_key=(), api_key_file=None))
+        server = dataclasses.replace(self.server, api_key=(), api_key_file=None)
+        observe = dataclasses.replace(self.observe, record_tokens=self.tells_tokens)
+        return dataclasses.replace(self, server=server, observe=observe)
 
     @property
     def served_names(self) -> tuple[str, ...]:

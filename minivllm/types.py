@@ -1,4 +1,4 @@
-"""Every record that crosses a folder boundary.
+"""Every record that crosses a folder boundary; those that tell of steps are in ``records.py``.
 
 All are immutable msgspec Structs (``frozen=True, gc=False``: making one costs a tenth of a frozen dataclass, and the garbage
 collector never walks them). They hold plain ints, floats, strings and tuples: the same values are handed over in one
@@ -27,6 +27,7 @@ MAX_GRAMMAR_CHARS = 2**18  # of one grammar's source
 
 MAX_PATTERN = 512  # tokens of a pattern that a text may be ended for: so many are looked through at every token
 
+BlockIds = tuple[tuple[int, ...], ...]  # per KV group; (): none in any
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 GUIDE_FAULT = "The engine failed at following the grammar of this request; its log says why."
 REFUSED = "refused"  # stop_reason of an error that is the request's own: it asked for what turned out to be impossible
@@ -205,6 +206,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     deadline_s: float | None = None
     output: Literal["text", "pooled"] = "text"
     fork_of: str | None = None
+    received_s: float | None = None  # when the server had its first byte, likewise
 
     def __post_init__(self) -> None:
         """Refuse what no scheduler could run."""
@@ -230,7 +232,7 @@ class NewRow(msgspec.Struct, frozen=True, gc=False):
     seed: int
     sample_index: int
     lora_slot: int
-    block_ids: tuple[tuple[int, ...], ...]  # per KV group: every block held now
+    block_ids: BlockIds  # every block held now
     computed: int  # tokens whose K/V is in those blocks already
 
 
@@ -244,7 +246,7 @@ class RowWork(msgspec.Struct, frozen=True, gc=False):
     uid: int
     row: int
     num_tokens: int
-    new_block_ids: tuple[tuple[int, ...], ...] = ()  # per KV group; () = none for any group
+    new_block_ids: BlockIds = ()
     draft_ids: tuple[int, ...] = ()
     wants: int = 0  # WANT_* bits
     forced_ids: tuple[int, ...] = ()  # tokens that follow the row's known ones for certain; among ``num_tokens``
@@ -339,69 +341,6 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] = ()  # of ``token_ids``, where they were asked for
     complete: bool = False  # its grammar ended it: the last token belongs to the text, which a stop token does not
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens after those told before; the first has none
-
-
-class FinishedTimes(msgspec.Struct, frozen=True, gc=False):
-    """The life of a finished request, for histograms. Times are on time.monotonic()."""
-
-    id: str
-    reason: FinishReason
-    num_prompt: int
-    num_cached: int
-    num_output: int
-    max_tokens: int
-    num_preemptions: int
-    arrival_s: float
-    scheduled_s: float | None  # None: never ran
-    first_token_s: float | None
-    finished_s: float
-
-
-class RowRecord(msgspec.Struct, frozen=True, gc=False):
-    """One row of one step, as it was planned."""
-
-    id: str
-    start: int  # position of the first token computed
-    num_tokens: int
-    kind: Literal["prefill", "decode"]
-
-
-class StepRecord(msgspec.Struct, frozen=True, gc=False):
-    """Everything that metrics, pages, traces and explanations know of a step. They read this and nothing else.
-
-    ``waits`` names a reason for each waiting request that was looked at; the others wait for ``rest_waits``.
-    """
-
-    step: int
-    scheduled_s: float
-    launched_s: float
-    finished_s: float
-    collected_s: float
-    rows: tuple[RowRecord, ...]
-    num_running: int
-    num_waiting: int
-    waits: tuple[tuple[str, str], ...]
-    rest_waits: str
-    blocks_total: int
-    blocks_free: int
-    blocks_cached: int  # unreferenced, findable
-    blocks_referenced: int
-    prefix_queries: int  # tokens looked up in the prefix cache since the record before
-    prefix_hits: int  # of those, tokens found
-    num_prompt_tokens: int  # prompt tokens computed in this step
-    num_output_tokens: int
-    num_preempted: int
-    ttft_s: tuple[float, ...]  # of rows whose first token came in this step
-    itl_s: tuple[float, ...]  # of the other rows that got a token
-    finished: tuple[FinishedTimes, ...]
-    num_paused: int = 0  # requests whose reader does not read: they hold neither rows nor blocks
-
-
-class EngineOutput(msgspec.Struct, frozen=True, gc=False, tag="output"):
-    """All that the engine says after a step, in one message."""
-
-    events: tuple[TokenEvent, ...]
-    record: StepRecord | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, gc=False, tag="ready"):

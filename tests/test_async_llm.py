@@ -15,8 +15,9 @@ from minivllm.engine.client import LocalClient
 from minivllm.engine.engine import Engine
 from minivllm.errors import ContextTooLong, EngineDead, InvalidRequest
 from minivllm.observe.metrics import Metrics
+from minivllm.records import EngineOutput
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineOutput, SamplingParams
+from minivllm.types import SamplingParams
 
 
 class MortalClient(LocalClient):

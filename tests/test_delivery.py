@@ -17,8 +17,9 @@ from minivllm.delivery import LONGEST_WAIT_S, MOST_UNMERGED, Mailbox, Pacer, mer
 from minivllm.engine.client import LocalClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest
 from minivllm.observe.metrics import Metrics
+from minivllm.records import EngineOutput
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import EngineOutput, FinishReason, RequestOutput, SamplingParams, TokenEvent
+from minivllm.types import FinishReason, RequestOutput, SamplingParams, TokenEvent
 
 VOCAB_SIZE = 97
 

@@ -131,7 +131,7 @@ def test_a_prompt_is_told_once_when_its_row_is_taken_away(make_llm: Callable[...
         message = llm.engine.step()
         for event in message.events if message else ():
             told.setdefault(event.id, []).extend(event.prompt_logprobs)
-        taken += message.record.num_preempted if message and message.record else 0
+        taken += len(message.record.preempted) if message and message.record else 0
     assert taken > 0
     for prompt, found in zip(prompts, told.values(), strict=True):
         completion = Completion(None, tuple(prompt))

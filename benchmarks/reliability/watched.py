@@ -26,7 +26,8 @@ from typing import Any, TextIO
 from urllib.request import urlopen
 
 from minivllm.config import Config
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest, StepRecord, TokenEvent
+from minivllm.records import EngineOutput, StepRecord
+from minivllm.types import EngineInfo, GenerateRequest, TokenEvent
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
@@ -116,7 +117,7 @@ class TokenSource:
         if not events:
             return None
         record = StepRecord(
-            self._step, now, now, now, now, (), len(self._due), 0, (), "", 9, 9, 0, 0, 0, 0, 0, len(events), 0, (), (), ()
+            self._step, now, now, now, now, (), len(self._due), 0, (), "", 9, 9, 0, 0, 0, 0, 0, len(events), (), (), ()
         )
         return EngineOutput(tuple(events), record)
 

@@ -26,9 +26,10 @@ TITLES: Final[Mapping[str, str]] = {
     "scheduler": "scheduler",
     "runner": "runner",
     "server": "server",
+    "observe": "records of steps",
 }
 ENGINE_SECTIONS: Final = ("model", "cache", "scheduler", "runner")
-ALL_SECTIONS: Final = (*ENGINE_SECTIONS, "server")
+ALL_SECTIONS: Final = (*ENGINE_SECTIONS, "server", "observe")
 _SIZED: Final = frozenset({"max_model_len", "max_num_batched_tokens"})  # besides the names that end in _bytes
 _SUFFIXES: Final[Mapping[str, int]] = {
     "": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,

@@ -101,6 +101,7 @@ def make_scheduler(config: Config, info: EngineInfo) -> Scheduler:
         eos_token_ids=info.eos_token_ids,
         batching_policy=config.scheduler.batching_policy,
         scheduling_policy=config.scheduler.scheduling_policy,
+        record_tokens=config.tells_tokens,
     )
     return Scheduler(limits, Allocator((info.num_blocks,), info.block_size, config.cache.enable_prefix_caching))
 

@@ -8,7 +8,8 @@ from typing import Protocol
 from minivllm import errors
 from minivllm.engine.engine import Engine
 from minivllm.engine.ipc import Abort, Add, Pause, Resume
-from minivllm.types import REFUSED, EngineHealth, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.records import EngineOutput
+from minivllm.types import REFUSED, EngineHealth, EngineInfo, GenerateRequest, TokenEvent
 
 
 class EngineClient(Protocol):

@@ -29,8 +29,9 @@ from minivllm.errors import (
     RequestError,
     RequestFault,
 )
+from minivllm.records import EngineOutput
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, StepPlan, StepResult, TokenEvent
+from minivllm.types import REFUSED, EngineInfo, GenerateRequest, StepPlan, StepResult, TokenEvent
 
 _NOT_TAKEN = "The engine failed at taking this request; its log says why."
 _PREPARING_S = 0.01  # how long an engine without other work waits at a time for a grammar that is being made

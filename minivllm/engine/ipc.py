@@ -3,7 +3,8 @@
 import msgspec
 
 from minivllm.config import Config
-from minivllm.types import EngineInfo, EngineOutput, GenerateRequest
+from minivllm.records import EngineOutput
+from minivllm.types import EngineInfo, GenerateRequest
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Server -> zygote. It answers nothing: what becomes of an engine is seen on the engine's own socket.

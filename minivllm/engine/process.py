@@ -19,7 +19,8 @@ from minivllm.child import FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.client import Steers, obey
 from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
-from minivllm.types import REFUSED, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.records import EngineOutput
+from minivllm.types import REFUSED, EngineInfo, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 COMPILE_S: Final = 12.0  # of a kernel that was not compiled beforehand: expected, and waited for five times as long

@@ -31,7 +31,8 @@ from minivllm.config import Config
 from minivllm.engine.ipc import Abort, Add, Beat, Launching, Pause, Resume, ToEngine
 from minivllm.engine.journal import TRIAL_TOKENS, Entry, Journal
 from minivllm.engine.link import EngineLink, Nest
-from minivllm.types import EngineHealth, EngineInfo, EngineOutput, GenerateRequest, TokenEvent
+from minivllm.records import EngineOutput
+from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, TokenEvent
 
 PROGRAM: Final = ("-m", "minivllm.engine.zygote")  # what Python runs in the zygote; the socket's number is appended
 TICK_S: Final = 0.5

@@ -15,9 +15,7 @@ from itertools import islice
 
 from minivllm.kv.block_pool import BlockPool
 from minivllm.kv.prefix import PrefixKeys
-from minivllm.types import CopyBlock
-
-BlockIds = tuple[tuple[int, ...], ...]  # per KV group
+from minivllm.types import BlockIds, CopyBlock
 
 
 @dataclass(frozen=True)
@@ -190,6 +188,15 @@ class Allocator:
     def leading_blocks(self, uid: int, num_blocks: int) -> tuple[int, ...]:
         """The first ``num_blocks`` blocks of a sequence in KV group 0, or all that it holds when these are fewer."""
         return tuple(self._held[uid].blocks[0][:num_blocks])
+
+    def take_freed(self) -> tuple[tuple[int, int], ...]:
+        """The (group, block) that came free since this was last asked, and are so now."""
+        return tuple([(g, b) for g, pool in enumerate(self._pools) for b in pool.take_freed()])
+
+    def freed_again(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Name these (group, block) once more when ``take_freed`` is asked, if they are free then."""
+        for group, block in blocks:
+            self._pools[group].freed.append(block)
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
+        self.freed: list[int] = []  # that came free since ``take_freed``, some of them twice or taken since
 
     @property
     def num_available(self) -> int:
@@ -85,6 +86,7 @@ class BlockPool:
             if self._refs[block] == 0:
                 if self._keys[block] is None:
                     self._free.append(block)
+                    self.freed.append(block)
                 else:
                     self._cached[block] = None
 
@@ -114,6 +116,14 @@ class BlockPool:
         if self._refs[block] == 0:
             del self._cached[block]
             self._free.append(block)
+            self.freed.append(block)
+
+    def take_freed(self) -> list[int]:
+        """Blocks that came free since this was last asked, and are so now."""
+        if not self.freed:
+            return []
+        freed, self.freed = dict.fromkeys(self.freed), []
+        return [b for b in freed if self._refs[b] == 0 and self._keys[b] is None]
 
     def _forget_key(self, block: int) -> None:
         key = self._keys[block]

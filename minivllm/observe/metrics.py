@@ -14,7 +14,8 @@ from typing import Any
 from minivllm.config import Config
 from minivllm.observe.histogram import REQUEST_TIME_S, STEP_TOKENS, TOKEN_TIME_S, TTFT_S, Histogram, one_two_five
 from minivllm.observe.prometheus import Exposition
-from minivllm.types import EngineInfo, FinishedTimes, StepRecord
+from minivllm.records import FinishedTimes, StepRecord
+from minivllm.types import EngineInfo
 
 WINDOW_S = 10.0  # tokens_per_second looks back this far
 BIN_S = 0.25  # and remembers tokens in bins of this width
@@ -78,7 +79,7 @@ class Metrics:
         self.generation_tokens += record.num_output_tokens
         self.prefix_queries += record.prefix_queries
         self.prefix_hits += record.prefix_hits
-        self.preemptions += record.num_preempted
+        self.preemptions += len(record.preempted)
         if record.rows:
             self._step_tokens.add(record.num_prompt_tokens + record.num_output_tokens)
         if record.ttft_s:

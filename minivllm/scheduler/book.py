@@ -23,7 +23,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step and a request may hold."""
+    """What a step and a request may hold, and what is told of them."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -32,6 +32,7 @@ class Limits:
     batching_policy: str = "mixed"
     scheduling_policy: str = "fcfs"
     num_draft_tokens: int = 0  # positions verified beyond the next one
+    record_tokens: bool = False  # whether the records of steps tell tokens
 
 
 class Book:
@@ -47,6 +48,7 @@ class Book:
         self.by_id: dict[str, Request] = {}
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.rows_to_free: list[int] = []  # not told to the runner yet
+        self.released: list[str] = []  # ids of those that gave up their blocks; no record says so yet
         self.sharing = Sharing(kv.block_size)
         self.trials = Trials()
         self._next_uid = 0
@@ -133,6 +135,7 @@ class Book:
         request.left_blocks = self.wrote(request) if request.in_flight else []
         del self.running[bisect_left(self.running, request.claim, key=by_claim)]
         self.rows_to_free.append(request.row)
+        self.released.append(request.spec.id)
         self.free_rows.append(request.row)
         self.sharing.leave(request.row)
         request.row = NO_ROW

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from minivllm.kv.allocator import BlockIds
+from minivllm.records import WaitRecord
 from minivllm.scheduler.request import Request
-from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, CopyBlock, NewRow, RowRecord, RowWork, SharedPrefix, StepPlan
+from minivllm.types import WANT_PROMPT_LOGPROBS, WANT_SAMPLE, BlockIds, CopyBlock, NewRow, RowWork, SharedPrefix, StepPlan
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -19,6 +19,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     prefill: bool
     forced: tuple[int, ...] = ()  # the first of what it adds: tokens that were certain when it was planned
     start: int = 0  # position of its first token
+    blocks: BlockIds = ()  # that its table gained
+    cached: int = 0  # if it begins to run: tokens that were there already
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class Flight:
 
     plan: StepPlan
     entries: tuple[Entry, ...]
-    rows: tuple[RowRecord, ...]
     published: tuple[tuple[int, tuple[int, int]], ...]  # (uid, (group, block)) made findable by this plan
-    waits: tuple[tuple[str, str], ...]
+    waits: tuple[WaitRecord, ...]
     rest_waits: str
+    rest_behind: tuple[str, ...]
     scheduled_s: float
 
 
@@ -42,13 +44,13 @@ class StepDraft:
     budget: int  # tokens that still fit
     work: list[RowWork] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    rows: list[RowRecord] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     copies: list[CopyBlock] = field(default_factory=list)
     published: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
     grammar_rows: list[int] = field(default_factory=list)
-    waits: list[tuple[str, str]] = field(default_factory=list)
+    waits: list[WaitRecord] = field(default_factory=list)
     rest_waits: str = ""
+    rest_behind: tuple[str, ...] = ()
     preempted: bool = False
     at: Request | None = None  # whose turn it is in planning: an error is at its doorstep
 
@@ -62,10 +64,12 @@ class StepDraft:
         if start < request.prompt_asked and request.prompt_told < min(start + num_tokens, request.prompt_asked):
             wants |= WANT_PROMPT_LOGPROBS
         self.work.append(RowWork(request.uid, request.row, num_tokens, new_blocks, (), wants, forced))
-        self.entries.append(Entry(request, num_tokens, adds, prefill, forced, start))
+        gained, cached = new_blocks, 0
+        if self.new_rows and self.new_rows[-1].uid == request.uid:
+            gained, cached = self.new_rows[-1].block_ids, start
+        self.entries.append(Entry(request, num_tokens, adds, prefill, forced, start, gained, cached))
         if adds and request.guide is not None:
             self.grammar_rows.append(request.row)
-        self.rows.append(RowRecord(request.spec.id, start, num_tokens, "prefill" if prefill else "decode"))
         self.budget -= num_tokens
         request.scheduled = start + num_tokens
         request.pending += adds
@@ -86,6 +90,5 @@ class StepDraft:
             shared,
             tuple(zeroed),
         )
-        return Flight(
-            plan, tuple(self.entries), tuple(self.rows), tuple(self.published), tuple(self.waits), self.rest_waits, now
-        )
+        published, waits = tuple(self.published), tuple(self.waits)
+        return Flight(plan, tuple(self.entries), published, waits, self.rest_waits, self.rest_behind, now)

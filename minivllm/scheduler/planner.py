@@ -13,15 +13,19 @@
 
 from collections.abc import Callable, Collection
 
-from minivllm.kv.allocator import Admission, BlockIds
+from minivllm.kv.allocator import Admission
+from minivllm.records import WaitRecord
 from minivllm.scheduler.book import Book
 from minivllm.scheduler.draft import StepDraft
 from minivllm.scheduler.ledger import Ledger
 from minivllm.scheduler.request import NO_ROW, Request
 from minivllm.scheduler.room import StepRoom
-from minivllm.types import NewRow
+from minivllm.types import BlockIds, NewRow
 
 MAX_OVERTAKEN = 64  # later requests that may be admitted before one that waits for blocks
+MAX_NAMED = 8  # of those who are in one's way, how many a record names
+_TRIAL = "trial: a step failed, and it is being found out by whose fault"
+_PRIORITY = "priority: requests that came later, of a better priority, run"
 MAX_LOOKS = 8  # requests that do not fit which one step looks at: the cost of a step stays bounded
 
 
@@ -76,9 +80,9 @@ class Planner:
             victim = self._book.waiting.victim(candidates)
             if victim is request and len(candidates) == 1 and draft.work:
                 return None  # the rows of this step end some day; wait for them with what is computed
+            self._ledger.preempt(victim, "blocks", None if victim is request else request)
             self._book.preempt(victim)
             victim.evictions += 1
-            self._ledger.num_preempted += 1
             draft.preempted = True
             if victim is request:
                 return None
@@ -116,7 +120,7 @@ class Planner:
         """Let waiting requests run while rows, blocks and budget last."""
         admitted: list[Request] = []
         on_trial = self._book.trials.group
-        draft.rest_waits = "trial: a step failed, and it is being found out by whose fault" if on_trial else ""
+        draft.rest_waits = _TRIAL if on_trial else ""
         try:
             self._admit_some(on_trial, admitted, draft)
         finally:
@@ -128,27 +132,24 @@ class Planner:
             if on_trial and request.uid not in on_trial:
                 continue
             draft.at = request
-            if draft.budget == 0:
-                draft.rest_waits = "budget: the step's tokens are taken"
-                break
-            if len(admitted) == len(self._book.free_rows):
-                draft.rest_waits = "rows: max_num_seqs requests are running"
-                break
-            if len(self._book.running) + len(admitted) >= self._room.rows:
-                draft.rest_waits = "memory: the device ran out of it, so fewer requests run for a while"
+            if full := self._full(draft, len(admitted)):
+                self._wait(request, full, admitted, draft)
+                draft.rest_waits = draft.rest_waits or full
                 break
             if request.due:
-                draft.waits.append((request.spec.id, "in flight: its last step's result is due"))
+                draft.waits.append(WaitRecord(request.spec.id, "in flight: its last step's result is due"))
                 continue
             admission = self._try_admit(request, len(self._book.running) + len(admitted))
             if admission is None:
-                draft.waits.append((request.spec.id, "blocks: the KV cache has too few free blocks"))
+                self._wait(request, "blocks: the KV cache has too few free blocks", admitted, draft)
                 blocked.append(request)
                 if request.overtaken >= MAX_OVERTAKEN:
                     draft.rest_waits = "order: a request ahead was overtaken often enough"
+                    draft.rest_behind = (request.spec.id,)
                     break
                 if len(blocked) == MAX_LOOKS:
                     draft.rest_waits = "blocks: several requests ahead do not fit"
+                    draft.rest_behind = tuple([r.spec.id for r in blocked])
                     break
                 continue
             for other in blocked:
@@ -156,6 +157,22 @@ class Planner:
             request.row = self._book.free_rows[-1 - len(admitted)]
             admitted.append(request)
             self._begin(request, admission, draft)
+
+    def _full(self, draft: StepDraft, num_admitted: int) -> str:
+        """Why no further request fits into the step; "" while one may."""
+        if draft.budget == 0:
+            return "budget: the step's tokens are taken"
+        if num_admitted == len(self._book.free_rows):
+            return "rows: max_num_seqs requests are running"
+        if len(self._book.running) + num_admitted >= self._room.rows:
+            return "memory: the device ran out of it, so fewer requests run for a while"
+        return ""
+
+    def _wait(self, request: Request, reason: str, admitted: list[Request], draft: StepDraft) -> None:
+        """Note why a request waits: the policy's reason if it has one, for without those ahead there would be room."""
+        ahead = self._book.waiting.let_ahead(request, (*self._book.running, *admitted))
+        behind = tuple([r.spec.id for r in ahead[:MAX_NAMED]])
+        draft.waits.append(WaitRecord(request.spec.id, _PRIORITY if ahead else reason, behind))
 
     def _try_admit(self, request: Request, headroom: int) -> Admission | None:
         """Blocks for all known tokens, or None. The headroom, a block for each running row, keeps a newcomer from being

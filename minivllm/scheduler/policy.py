@@ -36,6 +36,10 @@ class Policy(Protocol):
         """Which of these gives its blocks back. ``candidates`` are sorted by claim and not empty."""
         ...
 
+    def let_ahead(self, request: Request, running: Sequence[Request]) -> Sequence[Request]:
+        """Those who run, though they came later than this waiting request."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -73,6 +77,10 @@ class FirstComeFirstServed:
         """The least claim gives way, so the oldest always gets on: nobody starves."""
         return candidates[-1]
 
+    def let_ahead(self, request: Request, running: Sequence[Request]) -> Sequence[Request]:
+        """Nobody is let ahead; who passes by one that does not fit (``planner.py``) is not in its way."""
+        return ()
+
     def __len__(self) -> int:
         return len(self._queue)
 
@@ -83,6 +91,10 @@ class ByPriority(FirstComeFirstServed):
     def claim(self, request: RequestView) -> tuple[float, ...]:
         """Priority, then order of arrival."""
         return (request.spec.priority, request.uid)
+
+    def let_ahead(self, request: Request, running: Sequence[Request]) -> Sequence[Request]:
+        """Whose priority is better."""
+        return [r for r in running if r.spec.priority < request.spec.priority and r.arrival_s > request.arrival_s]
 
 
 POLICIES: Mapping[str, type[FirstComeFirstServed]] = MappingProxyType({"fcfs": FirstComeFirstServed, "priority": ByPriority})

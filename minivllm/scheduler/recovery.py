@@ -6,6 +6,7 @@ have, and so get the text that they would have got. Where nobody knows at whom a
 
 from collections.abc import Sequence
 
+from minivllm.records import PreemptionReason
 from minivllm.scheduler.book import Book
 from minivllm.scheduler.draft import Flight
 from minivllm.scheduler.ledger import Ledger
@@ -35,7 +36,7 @@ class Recovery:
                 return
             trials.leave(request.uid)
             if request.running and trials.group:
-                self._book.preempt(request)  # until the trials of the others are over
+                self._give_up_place(request)  # until the trials of the others are over
         request.failures = 0
 
     def end(self, request: Request, now: float, message: str = FAULT) -> TokenEvent:
@@ -45,9 +46,13 @@ class Recovery:
             self._book.leave(request)
         return TokenEvent(request.spec.id, (), "error", error=message)
 
-    def _restart(self, request: Request) -> Request:
-        self._ledger.num_preempted += 1
+    def _restart(self, request: Request, reason: PreemptionReason) -> Request:
+        self._ledger.preempt(request, reason)
         return self._book.restart(request)
+
+    def _give_up_place(self, request: Request) -> None:
+        self._ledger.preempt(request, "trial")
+        self._book.preempt(request)
 
     def rows_failed(self, bad: Sequence[Request], now: float) -> list[TokenEvent]:
         """The logits of these were not finite. Whoever holds a block that one of them wrote may have read it, and have spoiled
@@ -77,7 +82,7 @@ class Recovery:
                 request.forgiven = True
             if innocent:
                 request.before = None
-                self._restart(request).before = request
+                self._restart(request, "not finite").before = request
             else:
                 events.append(self.end(request, now, _NOT_FINITE))
         kv.unpublish(spoiled)
@@ -101,7 +106,7 @@ class Recovery:
             events.append(self.end(guilty, now))
         if guilty is not None or (out_of_memory and self._room.shrink()):
             for request in found.values():
-                self._restart(request)
+                self._restart(request, "failed step")
             return events
         return self._suspect(tuple(found.values()), now, out_of_memory)
 
@@ -121,10 +126,10 @@ class Recovery:
         for request in requests:
             target = max(request.scheduled, book.trials.target(request.uid))
             book.trials.leave(request.uid)
-            fresh = self._restart(request)
+            fresh = self._restart(request, "failed step")
             if fresh.uid not in book.paused:  # trials would wait for it; if it is the one, it is found when it goes on
                 targets[fresh.uid] = target
         book.trials.suspect(targets)
         for request in list(book.running):
-            book.preempt(request)  # whoever is on trial finds blocks
+            self._give_up_place(request)  # whoever is on trial finds blocks
         return []

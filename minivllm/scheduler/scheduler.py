@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from minivllm.errors import ContextTooLong, InvalidRequest, RequestFault
 from minivllm.kv.allocator import Allocator
+from minivllm.records import EngineOutput, StepRecord
 from minivllm.scheduler.book import Book, Limits
 from minivllm.scheduler.draft import Entry, Flight, StepDraft
 from minivllm.scheduler.ledger import Ledger
@@ -28,11 +29,9 @@ from minivllm.scheduler.room import StepRoom
 from minivllm.types import (
     GUIDE_FAULT,
     REFUSED,
-    EngineOutput,
     FinishReason,
     GenerateRequest,
     StepPlan,
-    StepRecord,
     StepResult,
     StepTimes,
     TokenEvent,
@@ -64,7 +63,7 @@ class Scheduler:
         self.limits = limits
         self._kv = kv
         self._book = Book(limits, kv)
-        self._ledger = Ledger()
+        self._ledger = Ledger(self._book)
         self._room = StepRoom(limits.max_num_batched_tokens, limits.max_num_seqs)
         self._recovery = Recovery(self._book, self._ledger, self._room)
         self._planner = Planner(self._book, self._ledger, self._room)
@@ -103,6 +102,7 @@ class Scheduler:
         if spec.fork_of is not None and (parent := self._book.by_id.get(spec.fork_of)) is not None:
             request.fork_of = parent.uid
         self._book.enter(request)
+        self._ledger.arrive(spec)
 
     def abort(self, ids: Iterable[str], now: float) -> int:
         """End requests at once; ids that are unknown, or named twice, are passed over. Returns how many were there."""
@@ -118,6 +118,7 @@ class Scheduler:
         found = [request for request in found if request.uid not in self._book.paused]
         for request in found:
             self._book.pause(request)
+            self._ledger.paused.append(request.spec.id)
         return len(found)
 
     def resume(self, ids: Iterable[str], now: float) -> int:
@@ -127,6 +128,7 @@ class Scheduler:
         found = [request for request in found if request.uid in self._book.paused]
         for request in found:
             self._book.resume(request)
+            self._ledger.resumed.append(request.spec.id)
             request.last_token_s = now  # the pause was the reader's: no time between two tokens of ours
         return len(found)
 
@@ -134,6 +136,8 @@ class Scheduler:
         """Plan the next step, or None when nothing can be planned now. What it raises is to be told to ``fail``; a
         ``RequestFault`` where it is known at whose request it failed."""
         draft = StepDraft(self._step, self._room.tokens)
+        if self._flights:
+            self._ledger.close()
         try:
             self._planner.fill(draft)
         except Exception as error:
@@ -142,6 +146,8 @@ class Scheduler:
                 raise
             raise RequestFault(draft.at.uid) from error
         if not draft.work:
+            if self._flights:
+                self._ledger.reopen()
             return None
         for new in draft.new_rows:
             request = self._book.live[new.uid]
@@ -183,13 +189,15 @@ class Scheduler:
         events = self._recovery.rows_failed(bad, now) if bad else []
         failed = self._tell_guides(flight, result, events, now) if plan.grammar_rows else False
         live = self._book.live
+        outputs: list[tuple[int, ...]] = [()] * len(flight.entries)
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 before = len(events)
                 try:
                     found = result.logprobs[i] if result.logprobs else None
                     of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
-                    self._apply_entry(entry, tokens, now, events, (() if found is None else (found,), of_prompt))
+                    told = (() if found is None else (found,), of_prompt)
+                    outputs[i] = self._apply_entry(entry, tokens, now, events, told)
                     if entry.request.failures:
                         self._recovery.went_well(entry.request)
                 except Exception:
@@ -201,7 +209,7 @@ class Scheduler:
                 entry.request.in_flight -= 1
         if failed:
             self.check()
-        return EngineOutput(tuple(events), self._record(flight, result.times, now))
+        return EngineOutput(tuple(events), self._ledger.record(flight, result.times, now, outputs))
 
     def _tell_guides(self, flight: Flight, result: StepResult, events: list[TokenEvent], now: float) -> bool:
         """Tell the guides of a step its tokens, all of them before any is asked what it makes of them: some are in other
@@ -220,7 +228,8 @@ class Scheduler:
 
     def _apply_entry(
         self, entry: Entry, tokens: Sequence[int], now: float, events: list[TokenEvent], found: tuple[_Logprobs, _Logprobs]
-    ) -> None:
+    ) -> tuple[int, ...]:
+        """Take a row's tokens; those that its text got."""
         request, (logprobs, of_prompt) = entry.request, found
         request.in_flight -= 1
         request.pending -= entry.adds
@@ -235,7 +244,7 @@ class Scheduler:
         if not tokens:
             if of_prompt:
                 events.append(TokenEvent(request.spec.id, (), num_cached=request.cached or 0, prompt_logprobs=of_prompt))
-            return
+            return ()
         known, end = request.token_ids, _GOES_ON
         took: tuple[int, Took] = len(tokens), "more"
         if request.guide is not None:
@@ -251,17 +260,17 @@ class Scheduler:
             logprobs = logprobs[:kept]
         if tokens:  # none where the first was refused
             self._ledger.tokens(request, len(tokens), now)
-        cached = request.cached or 0
+        cached, taken = request.cached or 0, tuple(tokens)
         events.append(
             TokenEvent(
-                request.spec.id, tuple(tokens), end.reason, end.stop_reason, cached, end.error, logprobs, end.complete,
-                of_prompt,
+                request.spec.id, taken, end.reason, end.stop_reason, cached, end.error, logprobs, end.complete, of_prompt
             )
-        )  # fmt: skip
+        )
         if request.running and request.computed % self._kv.block_size < entry.num_tokens:
             self._kv.publish(request.uid, request.token_ids, min(request.computed, len(request.token_ids)))
         if end.reason is not None:
             self._end(request, end.reason, now)
+        return taken
 
     def _append(self, request: Request, tokens: Sequence[int], told: tuple[int, Took]) -> tuple["_Ending", int]:
         """Add tokens until one ends the request: why it ended, and how many were added. ``told``: what its guide says."""
@@ -295,17 +304,14 @@ class Scheduler:
         When the device was ``out_of_memory``, later steps are smaller; as long as they can be, that is no request's failure.
         Raises RuntimeError where a failure has to do with no request, or has left things broken: nobody can go on then."""
         flights, self._flights = tuple(self._flights), deque()
+        self._ledger.reopen(len(flights) - 1)
         events = self._recovery.step_failed(flights, now, culprit, out_of_memory=out_of_memory)
         self.check()
-        return EngineOutput(tuple(events), self._record(None, StepTimes(now, now), now))
+        return EngineOutput(tuple(events), self.snapshot(now))
 
     def snapshot(self, now: float) -> StepRecord:
         """A record without a step: what changed while nothing ran (an abort, an arrival that waits)."""
-        return self._record(None, StepTimes(now, now), now)
-
-    def _record(self, flight: Flight | None, times: StepTimes, now: float) -> StepRecord:
-        queues = (self.num_running, self.num_waiting, len(self._book.paused))
-        return self._ledger.record(flight, times, queues, self._kv.counts(), now)
+        return self._ledger.record(None, StepTimes(now, now), now)
 
     def check(self) -> None:
         """Raise RuntimeError when an invariant is broken. For tests, and when idle in debug runs."""

@@ -6,7 +6,8 @@ import pytest
 from minivllm.child import MAX_FRAME_BYTES, FrameReader, encode
 from minivllm.config import Config, make_config
 from minivllm.engine.ipc import Abort, Add, FromEngine, Start, Stop, ToEngine
-from minivllm.types import EngineOutput, GenerateRequest, SamplingParams, TokenEvent
+from minivllm.records import EngineOutput
+from minivllm.types import GenerateRequest, SamplingParams, TokenEvent
 
 
 def messages() -> list[object]:

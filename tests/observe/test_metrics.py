@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from minivllm.config import make_config
 from minivllm.observe.histogram import Histogram, one_two_five
 from minivllm.observe.metrics import Metrics, metrics_for
-from minivllm.types import EngineInfo, FinishedTimes, RowRecord, StepRecord
+from minivllm.records import FinishedTimes, PreemptionRecord, RowRecord, StepRecord
+from minivllm.types import EngineInfo
 
 LABELS = {"model_name": "fox", "engine": "0"}
 
@@ -27,10 +28,14 @@ def record(num_rows: int = 1, **values: Any) -> StepRecord:
         "step": 1, "scheduled_s": 0.0, "launched_s": 0.0, "finished_s": 0.0, "collected_s": 0.0,
         "rows": tuple(RowRecord(str(i), 0, 1, "decode") for i in range(num_rows)), "num_running": num_rows, "num_waiting": 0,
         "waits": (), "rest_waits": "", "blocks_total": 100, "blocks_free": 80, "blocks_cached": 5, "blocks_referenced": 15,
-        "prefix_queries": 0, "prefix_hits": 0, "num_prompt_tokens": 0, "num_output_tokens": num_rows, "num_preempted": 0,
+        "prefix_queries": 0, "prefix_hits": 0, "num_prompt_tokens": 0, "num_output_tokens": num_rows,
         "ttft_s": (), "itl_s": (), "finished": (),
     }  # fmt: skip
     return StepRecord(**{**fields, **values})
+
+
+def gone(*names: str) -> tuple[PreemptionRecord, ...]:
+    return tuple(PreemptionRecord(name, "blocks") for name in names)
 
 
 def finished(**values: Any) -> FinishedTimes:
@@ -69,7 +74,7 @@ def test_json_before_anything_happened(metrics: Metrics) -> None:
 
 
 def test_levels_are_the_last_and_counts_the_sum(metrics: Metrics) -> None:
-    metrics.observe(record(3, num_waiting=7, prefix_queries=80, prefix_hits=20, num_prompt_tokens=60, num_preempted=1))
+    metrics.observe(record(3, num_waiting=7, prefix_queries=80, prefix_hits=20, num_prompt_tokens=60, preempted=gone("a")))
     metrics.observe(record(2, num_waiting=4, prefix_queries=20, prefix_hits=5, blocks_referenced=40))
     told = metrics.json()
     assert (told["active_requests"], told["waiting_requests"], told["current_batch_size"]) == (2, 4, 2)
@@ -131,8 +136,8 @@ def test_one_two_five() -> None:
 
 def test_exposition_has_the_names_that_dashboards_ask_for(metrics: Metrics) -> None:
     metrics.observe(
-        record(2, num_waiting=3, num_prompt_tokens=30, prefix_queries=10, prefix_hits=4, num_preempted=2, ttft_s=(0.03, 0.5),
-               itl_s=(0.02,), finished=(finished(), finished(reason="length", num_output=1)))
+        record(2, num_waiting=3, num_prompt_tokens=30, prefix_queries=10, prefix_hits=4, preempted=gone("a", "b"),
+               ttft_s=(0.03, 0.5), itl_s=(0.02,), finished=(finished(), finished(reason="length", num_output=1)))
     )  # fmt: skip
     got = samples(metrics)
     for name, value in {

@@ -13,6 +13,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("types", "config", "model_files", "child", "logs"),
+    ("records",),
     ("kv", "kernels", "text", "observe"),
     ("scheduler", "attention", "layers", "quant", "lora", "sampling", "parallel.comm"),
     ("models", "spec"),

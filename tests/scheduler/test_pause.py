@@ -8,7 +8,8 @@ from fake_engine import fake_engine
 from token_runner import expected_tokens
 
 from minivllm.engine.engine import Engine
-from minivllm.types import EngineOutput, GenerateRequest, Grammar, SamplingParams
+from minivllm.records import EngineOutput
+from minivllm.types import GenerateRequest, Grammar, SamplingParams
 
 VOCAB = 31
 PROMPT = tuple(range(20))
@@ -129,12 +130,12 @@ def test_a_failed_step_does_not_wake_a_paused_request() -> None:
     told.step()
     engine.pause(["a"])
     assert engine._in_flight
-    num_failed = engine._scheduler._ledger.num_preempted
+    num_failed = len(engine._scheduler._ledger.preempted)
     told.finish()
     assert not told.ends
     assert told.last is not None
     assert told.last.record is not None
-    assert (told.last.record.num_paused, told.last.record.num_preempted) == (1, num_failed + 1)
+    assert (told.last.record.num_paused, len(told.last.record.preempted)) == (1, num_failed + 1)
     engine.resume(["a"])
     told.finish()
     assert told.tokens["a"] == expected_tokens(PROMPT, 12, VOCAB, 1, frozenset())

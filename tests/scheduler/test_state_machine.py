@@ -19,11 +19,12 @@ from token_runner import TokenRunner, expected_tokens
 
 from minivllm.errors import ContextTooLong, OutOfDeviceMemory, RequestFault
 from minivllm.kv.allocator import Allocator
+from minivllm.records import EngineOutput
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.request import MAX_EVICTIONS
 from minivllm.scheduler.scheduler import Scheduler
 from minivllm.scheduler.sharing import Sharing
-from minivllm.types import EngineOutput, GenerateRequest, SamplingParams, StepPlan
+from minivllm.types import GenerateRequest, SamplingParams, StepPlan
 
 VOCAB = 31
 BLOCK = 4

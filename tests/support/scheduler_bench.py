@@ -7,9 +7,10 @@ from token_runner import TokenRunner, expected_tokens
 
 from minivllm.engine.engine import Engine
 from minivllm.kv.allocator import Allocator
+from minivllm.records import StepRecord
 from minivllm.scheduler.book import Limits
 from minivllm.scheduler.scheduler import Scheduler
-from minivllm.types import EngineInfo, GenerateRequest, SamplingParams, StepRecord, TokenEvent
+from minivllm.types import EngineInfo, GenerateRequest, SamplingParams, TokenEvent
 
 VOCAB = 97
 

@@ -21,20 +21,11 @@ from minivllm.async_llm import AsyncLLM
 from minivllm.config import Config, make_config
 from minivllm.errors import EngineDead
 from minivllm.observe.metrics import metrics_for
+from minivllm.records import EngineOutput, FinishedTimes, RowRecord, StepRecord
 from minivllm.server.application import create_app
 from minivllm.server.http import Server, serve
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
-from minivllm.types import (
-    EngineHealth,
-    EngineInfo,
-    EngineOutput,
-    FinishedTimes,
-    GenerateRequest,
-    RowRecord,
-    StepRecord,
-    TokenEvent,
-    TokenLogprobs,
-)
+from minivllm.types import EngineHealth, EngineInfo, GenerateRequest, TokenEvent, TokenLogprobs
 
 STORY = " Once upon a time, a small fox met a big bear."
 CHAT_TEMPLATE = (
@@ -160,7 +151,7 @@ class ScriptedClient:
                 )
         waits = len(self._open)
         record = StepRecord(
-            self._step, now, now, now, now, rows, waits, 0, (), "", 100, 100 - waits, 0, waits, 0, 0, 0, len(rows), 0,
+            self._step, now, now, now, now, rows, waits, 0, (), "", 100, 100 - waits, 0, waits, 0, 0, 0, len(rows),
             (), tuple(0.01 for _ in rows), tuple(finished),
         )  # fmt: skip
         return EngineOutput(tuple(events), record)
