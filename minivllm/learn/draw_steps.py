@@ -6,10 +6,11 @@ a picture shows is the scheduler's work, which is the same on every machine. Tim
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from minivllm.learn.svg import HUES, Canvas, text_width
-from minivllm.types import RowRecord, StepRecord
+from minivllm.records import RowRecord, StepRecord
 
 WIDTH: Final = 860
 PAD: Final = 18
@@ -29,7 +30,14 @@ class Life:
     note: str = ""  # what else its lane is to say
     rows: dict[int, RowRecord] = field(default_factory=dict)
     preempted: list[int] = field(default_factory=list)  # in the planning of these steps
+    why: dict[int, str] = field(default_factory=dict)  # it had no row: the code of the reason
     ended: int | None = None  # the step after which it was gone
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """Steps in which it was there and did nothing: (first, the one after the last)."""
+        marks = [self.arrived - 1, *sorted(self.rows)]
+        return [(a + 1, b) for a, b in pairwise(marks) if b > a + 1]
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ def lives(records: Sequence[StepRecord]) -> list[Life]:
             found[gone.id].preempted.append(step)
         for row in record.rows:
             found[row.id].rows[step] = row
+        named = {wait.id: wait.reason for wait in record.waits}
+        for life in found.values():
+            if record.rows and life.ended is None and step not in life.rows:
+                life.why[step] = named.get(life.id, record.rest_waits).partition(":")[0]
         for end in record.finished:
             found[end.id].ended = step
         step += bool(record.rows)
@@ -89,19 +101,19 @@ class _Lanes:
         """One request: its cells, the times it waited, the places where it was preempted."""
         y, canvas = self.top + lane * LANE, self.canvas
         steps = sorted(life.rows)
-        waits = self._gaps(life, steps)
-        for first, last in waits:
+        for first, last in life.gaps:
             middle = y + CELL_HEIGHT / 2
             canvas.line(self.x(first) + 3, middle, self.x(last) - 2, middle, f"w{life.hue}")
+            words = ", ".join(dict.fromkeys(why for step in range(first, last) if (why := life.why.get(step))))
+            wide = text_width(words, 10.5) + 10
+            if words and (last - first) * self.cell > wide + 24:
+                left = (self.x(first) + self.x(last) - wide) / 2
+                canvas.rect(left, y + 2, wide, CELL_HEIGHT - 4, "plate")
+                canvas.text(left + wide / 2, y + 13.5, words, "small dim", "middle")
         for step in steps:
             self.cell_of(life, step, y)
         for step in life.preempted:
             canvas.cross(self.x(step) + self.cell / 2, y + CELL_HEIGHT / 2)
-
-    def _gaps(self, life: Life, steps: list[int]) -> list[tuple[int, int]]:
-        """Steps in which it was there and had no row: (first, the one after the last)."""
-        marks = [life.arrived - 1, *steps]
-        return [(a + 1, b) for a, b in zip(marks, marks[1:], strict=False) if b > a + 1]
 
     def cell_of(self, life: Life, step: int, y: float) -> None:
         """What one request did in one step."""
@@ -111,7 +123,7 @@ class _Lanes:
             return
         self.canvas.rect(x, y, width, CELL_HEIGHT, f"f{life.hue}")
         if row.cached:
-            self.canvas.rect(x, y + CELL_HEIGHT - 7, width, 7, "card")
+            self.canvas.rect(x, y + CELL_HEIGHT - 7, width, 7, "plate")
             self.canvas.rect(x, y + CELL_HEIGHT - 7, width, 7, f"c{life.hue}")
         if width >= text_width(str(row.num_tokens), 10) + 1:
             baseline = y + (10 if row.cached else 14)
@@ -154,9 +166,9 @@ def _key(canvas: Canvas, y: float, panels: Sequence[Panel], idle: bool) -> None:
     x = float(PAD)
     entries = [("f0", "12", "prompt, with its tokens"), ("t0", "", "one token decoded")]
     if any(row.cached for row in rows):
-        entries.append(("c0", "", "found in the cache, not computed"))
-    if not idle and any(min(life.rows) > life.arrived or life.preempted for life in every_life):
-        entries.append(("w0", "", "waits"))
+        entries.append(("c0", "", "found in the cache"))
+    if not idle and any(life.gaps for life in every_life):
+        entries.append(("w0", "", "waits, for what"))
     if any(life.preempted for life in every_life):
         entries.append(("lost", "", "preempted"))
     if idle:

@@ -26,7 +26,7 @@ _STYLE: Final = """
 text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
 .head{font-size:13px;font-weight:600}.dim{fill:var(--dim)}.small{font-size:10.5px}.on{font-size:10px;font-weight:600}
 .mono{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:11px}
-.card{fill:var(--card);stroke:var(--edge)}.line{stroke:var(--edge);stroke-width:1;fill:none}
+.card{fill:var(--card);stroke:var(--edge)}.plate{fill:var(--card)}.line{stroke:var(--edge);stroke-width:1;fill:none}
 .strong{stroke:var(--ink);stroke-width:1.2;fill:none}.idle{fill:none;stroke:var(--dim);stroke-dasharray:2 2;stroke-width:.8}
 .free{fill:var(--free)}.bar{fill:var(--bar)}.bar2{fill:var(--dim);fill-opacity:.55}.lost{stroke:var(--bad);stroke-width:2;fill:none}
 .bad{fill:var(--bad)}.pad{fill:url(#pad);stroke:var(--dim);stroke-width:.5}

@@ -4,6 +4,8 @@ Prompts are arbitrary tokens and every text is generated to its given length, so
 for their times: what the scheduler does depends on numbers of tokens, blocks and rows alone.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,7 +14,9 @@ from minivllm.config import make_config
 from minivllm.door import locate
 from minivllm.engine.build import build_engine
 from minivllm.engine.engine import Engine
-from minivllm.types import GenerateRequest, SamplingParams, StepRecord, TokenEvent
+from minivllm.llm import LLM
+from minivllm.records import StepRecord
+from minivllm.types import GenerateRequest, SamplingParams, TokenEvent
 
 BLOCK: Final = 16
 
@@ -128,11 +132,16 @@ def long_prompt(most_tokens: int, batching_policy: str = "mixed") -> list[StepRe
 
 
 def common_prefix() -> list[StepRecord]:
-    """Four prompts that begin with the same 64 tokens: one alone, two at once, and one when nobody holds them any more."""
+    """Three prompts begin with the same 64 tokens (A, B, D): the second while the first runs, the third when both are gone. C
+    has nothing in common with them."""
     common = prompt(0, 4 * BLOCK)
-    tails = ((1, 9, 12, 0), (2, 6, 10, 4), (3, 20, 8, 4), (4, 11, 5, 18))  # (seed, length, output, step)
-    arrivals = [Arrival("ABCD"[i], common + prompt(50 + s, n), o, at) for i, (s, n, o, at) in enumerate(tails)]
-    return run(arrivals, num_gpu_blocks_override=21)
+    asked = (
+        Arrival("A", common + prompt(51, 9), 12),
+        Arrival("B", common + prompt(52, 6), 11, at_step=4),
+        Arrival("C", prompt(53, 20), 20, at_step=6),
+        Arrival("D", common + prompt(54, 13), 8, at_step=19),
+    )
+    return run(asked, num_gpu_blocks_override=13)
 
 
 def paged() -> list[StepRecord]:
@@ -160,3 +169,37 @@ def queue_order(scheduling_policy: str) -> list[StepRecord]:
     asked = (("A", 8, 0, 3), ("B", 12, 0, 3), ("C", 7, 1, 3), ("D", 5, 1, 3), ("E", 6, 3, 1), ("F", 4, 5, 2))
     arrivals = [Arrival(id, prompt(i, 8 + i), o, at, p) for i, (id, o, at, p) in enumerate(asked)]
     return run(arrivals, max_num_seqs=2, scheduling_policy=scheduling_policy)
+
+
+def busy() -> list[StepRecord]:
+    """Chunks, hits, waiting for a row and for blocks, a preemption: what a trace may show, in one short run."""
+    common = prompt(0, 3 * BLOCK)
+    asked = (
+        Arrival("A", common + prompt(61, 5), 26),
+        Arrival("B", prompt(62, 30), 30, at_step=2),
+        Arrival("C", common + prompt(63, 8), 30, at_step=5),
+        Arrival("D", prompt(64, 30), 6, at_step=8),
+        Arrival("E", common + prompt(65, 3), 5, at_step=10),
+    )
+    return run(asked, num_gpu_blocks_override=11, max_num_seqs=3, max_num_batched_tokens=24)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+STORY: Final = "Lily wanted to eat a"
+
+
+def next_token(prompt: str, num_draws: int, **sampling: Any) -> tuple[Counter[str], dict[str, float]]:
+    """Draw the token after a prompt so often, each time with another seed: how often each came, and the likeliest with what the
+    model gives them."""
+    llm = LLM(device="cpu", num_threads=1)
+    asked = [SamplingParams(max_tokens=1, seed=seed, logprobs=None if seed else 20, **sampling) for seed in range(num_draws)]
+    found = llm.generate([prompt] * num_draws, asked)
+    ids = Counter(completion.token_ids[0] for completion in found)
+    told = found[0].logprobs[0]
+    likeliest = zip(told.top_ids, told.top_logprobs, strict=True)
+
+    def text(token: int) -> str:
+        return llm.tokenizer.decode([token])
+
+    return Counter({text(i): n for i, n in ids.most_common()}), {text(i): math.exp(logprob) for i, logprob in likeliest}
