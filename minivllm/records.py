@@ -48,7 +48,7 @@ class RowRecord(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     kind: Literal["prefill", "decode"]
     blocks: BlockIds = ()  # that its table gained with this step, in order; of one that begins to run, the whole table
     cached: int = 0  # of one that begins to run: tokens that were there already, in the prefix cache or with its fork's parent
-    tokens: tuple[int, ...] = ()  # those computed, from ``start`` on; () where tokens are not recorded
+    tokens: tuple[int, ...] = ()  # from ``start`` on, those that were known before the step; () where tokens are not recorded
 
 
 class ArrivalRecord(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

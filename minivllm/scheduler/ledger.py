@@ -122,20 +122,35 @@ class Ledger:
 
     # -- the record ------------------------------------------------------------------------------------------------------
 
+    def rows(self, flight: Flight) -> tuple[RowRecord, ...]:
+        """The rows of a step whose result is in but not taken yet: all tokens that it was given are known by now."""
+        told = self.book.limits.record_tokens
+        return tuple([
+            RowRecord(
+                e.request.spec.id, e.start, e.num_tokens, "prefill" if e.prefill else "decode", e.blocks, e.cached,
+                tuple(e.request.token_ids[e.start : e.start + e.num_tokens]) if told else (),
+            )
+            for e in flight.entries
+        ])  # fmt: skip
+
     def record(
-        self, flight: Flight | None, times: StepTimes, now: float, outputs: Sequence[tuple[int, ...]] = ()
+        self,
+        flight: Flight | None,
+        times: StepTimes,
+        now: float,
+        rows: tuple[RowRecord, ...] = (),
+        outputs: Sequence[tuple[int, ...]] = (),
     ) -> StepRecord:
         """What happened as a record; all begins anew. No ``flight``: no step was, and none is in flight."""
         book = self.book
         moves = self._closed.popleft() if self._closed else self._moves()
-        told = book.limits.record_tokens
         record = StepRecord(
             step=flight.plan.step if flight else -1,
             scheduled_s=flight.scheduled_s if flight else now,
             launched_s=times.launched_s,
             finished_s=times.finished_s,
             collected_s=now,
-            rows=_rows(flight, told) if flight else (),
+            rows=rows,
             num_running=len(book.running),
             num_waiting=len(book.waiting),
             num_paused=len(book.paused),
@@ -159,21 +174,10 @@ class Ledger:
             preempted=moves.preempted,
             released=moves.released,
             freed=moves.freed,
-            outputs=tuple(outputs) if told else (),
+            outputs=tuple(outputs) if book.limits.record_tokens else (),
         )
         self.prefix_queries = self.prefix_hits = self.num_prompt_tokens = self.num_output_tokens = 0
         self.ttft_s, self.itl_s, self.finished = [], [], []
         self.arrived, self.paused, self.resumed = [], [], []
         return record
 
-
-def _rows(flight: Flight, told: bool) -> tuple[RowRecord, ...]:
-    """The rows of a step whose result is in: by now every token that it computed is known, also those that an earlier step in
-    flight brought."""
-    return tuple([
-        RowRecord(
-            e.request.spec.id, e.start, e.num_tokens, "prefill" if e.prefill else "decode", e.blocks, e.cached,
-            tuple(e.request.token_ids[e.start : e.start + e.num_tokens]) if told else (),
-        )
-        for e in flight.entries
-    ])  # fmt: skip

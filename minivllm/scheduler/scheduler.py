@@ -188,7 +188,7 @@ class Scheduler:
         bad = [flight.entries[i].request for i in result.bad_rows]
         events = self._recovery.rows_failed(bad, now) if bad else []
         failed = self._tell_guides(flight, result, events, now) if plan.grammar_rows else False
-        live = self._book.live
+        live, rows = self._book.live, self._ledger.rows(flight)
         outputs: list[tuple[int, ...]] = [()] * len(flight.entries)
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
@@ -209,7 +209,7 @@ class Scheduler:
                 entry.request.in_flight -= 1
         if failed:
             self.check()
-        return EngineOutput(tuple(events), self._ledger.record(flight, result.times, now, outputs))
+        return EngineOutput(tuple(events), self._ledger.record(flight, result.times, now, rows, outputs))
 
     def _tell_guides(self, flight: Flight, result: StepResult, events: list[TokenEvent], now: float) -> bool:
         """Tell the guides of a step its tokens, all of them before any is asked what it makes of them: some are in other

@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from record_watch import RecordWatch
 from token_runner import TokenRunner, expected_tokens
 
 from minivllm.errors import ContextTooLong, OutOfDeviceMemory, RequestFault
@@ -80,9 +81,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching: bool, seed: int,
     ) -> None:  # fmt: skip
         budget = max(budget, max_num_seqs * (1 + drafts))
-        limits = Limits(max_num_seqs, budget, 64, (3,), batching, scheduling, drafts)
+        limits = Limits(max_num_seqs, budget, 64, (3,), batching, scheduling, drafts, record_tokens=seed % 4 > 0)
         self.kv = Allocator((num_blocks,), BLOCK, caching)
         self.scheduler = Scheduler(limits, self.kv)
+        self.records = RecordWatch(self.scheduler, self.kv)
         self.scheduler._book.sharing = Sharing(BLOCK, min_rows=2, min_tokens=2 * BLOCK)  # prompts are short here
         self.runner = TokenRunner(BLOCK, num_blocks, max_num_seqs, VOCAB, np.random.default_rng(seed) if drafts else None)
         self.runner.breaks = self._break
@@ -304,6 +306,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check()
+        if not self.flights:
+            self.scheduler.snapshot(self.now)
         live = self.scheduler._book.by_id
         assert all(r.evictions <= MAX_EVICTIONS for r in live.values()), "a request gave way too often"
         further = {name: r.computed for name, r in live.items() if r.computed > self.furthest.get(name, 0)}

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+from record_watch import RecordWatch
 from token_runner import TokenRunner, expected_tokens
 
 from minivllm.engine.engine import Engine
@@ -19,10 +20,11 @@ class Bench:
     """An engine over the token runner, with everything it said."""
 
     def __init__(self, num_blocks: int = 65, overlap: int = 0, prefix_caching: bool = True, **limits: object) -> None:
-        values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, **limits}
+        values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "record_tokens": True, **limits}
         self.limits = Limits(**values)  # type: ignore[arg-type]
         self.kv = Allocator((num_blocks,), 4, prefix_caching)
         self.scheduler = Scheduler(self.limits, self.kv)
+        self.watch = RecordWatch(self.scheduler, self.kv)
         accept = np.random.default_rng(7) if self.limits.num_draft_tokens else None
         self.runner = TokenRunner(4, num_blocks, self.limits.max_num_seqs, VOCAB, accept)
         self.now = itertools.count()
