@@ -3,8 +3,8 @@
     python -m benchmarks.observe.device_steps [--model A] [--rows 1,32] [--steps 60] [--keep 24] [--out FILE]
 
 For each number of rows and each of four ways to run (kernel by kernel or as graphs, one step at a time or the next one launched
-before this one is read), requests of 128 random prompt tokens decode greedily until all of them have and everything that would be
-captured behind traffic is there; then ``--steps`` steps are timed. The table has the median time from one step's end to the
+before this one is read), requests of 128 random prompt tokens decode greedily until all of them do and everything that would
+be captured behind traffic is there; then ``--steps`` steps are timed. The table has the median time from one step's end to the
 next one's. ``--out`` keeps the records of some steps of each case as JSON: of ``--keep`` rows in all, and four steps
 at least. Exits with 1 where graphs make a step slower.
 """
@@ -15,7 +15,6 @@ import random
 import statistics
 import sys
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -76,8 +75,9 @@ def main() -> int:
         kept = [msgspec.to_builtins(record) for record in records[: max(4, asked.keep // rows)]]
         cases.append({"rows": rows, "graphs": not eager, "overlap": overlap, "step_ms": step_ms(records), "records": kept})
     lines = [["rows", "kernel by kernel", "the same, overlapped", "graphs", "graphs, overlapped"]]
-    for rows in dict.fromkeys(rows for rows, _, _ in found):
-        lines.append([str(rows), *(f"{found[rows, e, o]:.3f} ms" for e, o in product((True, False), (False, True)))])
+    ways = tuple(product((True, False), (False, True)))
+    sizes = dict.fromkeys(rows for rows, *_ in found)
+    lines += [[str(rows), *(f"{found[rows, *way]:.3f} ms" for way in ways)] for rows in sizes]
     print(aligned(lines))
     if asked.out is not None:
         told = {"device": device_name(), "torch": torch.__version__, "model": model.shape.name, "cases": cases}

@@ -142,7 +142,8 @@ def tables(records: Sequence[StepRecord], step: int, block_size: int, title: str
         slots += len(table) * block_size
         canvas.text(left + len(table) * (wide + 4) + 6, y + 14, f"{known} tokens", "dim")
         y += LANE + 2
-    words = f"{slots} KV slots held, {slots - empty} hold a token: {100 * empty / slots:.0f} % is empty, all of it in last blocks"
+    share = f"{100 * empty / slots:.0f} % is empty, all of it in last blocks"
+    words = f"{slots} KV slots held, {slots - empty} hold a token: {share}"
     canvas.text(left, y + 14, words)
     y += 42
     canvas.text(PAD, y, "the pool")

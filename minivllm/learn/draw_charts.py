@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from minivllm.learn.draw_steps import PAD, WIDTH, Panel, num_steps
-from minivllm.learn.svg import Canvas, text_width
+from minivllm.learn.svg import Anchor, Canvas, text_width
 from minivllm.records import StepRecord
 
 BAR: Final = 15  # height of a bar that stands for a time or a number
@@ -65,7 +66,7 @@ def clock(panels: Sequence[Panel], title: str, span_ms: float) -> str:
         y += 17
         shown = [record for record in panel.records if record.rows]
         begin_s = shown[0].scheduled_s
-        overlaps = any(b.scheduled_s < a.finished_s for a, b in zip(shown, shown[1:], strict=False))
+        overlaps = any(b.scheduled_s < a.finished_s for a, b in pairwise(shown))
         for i, record in enumerate(shown):
             times = (record.scheduled_s, record.launched_s, record.finished_s)
             planned, launched, read = (min(1e3 * (t - begin_s), span_ms) for t in times)
@@ -82,7 +83,7 @@ def clock(panels: Sequence[Panel], title: str, span_ms: float) -> str:
     canvas.line(left, y - 4, WIDTH - PAD, y - 4)
     for k in range(int(span_ms / every) + 1):
         canvas.line(left + k * every * scale, y - 8, left + k * every * scale, y - 4)
-        anchor = "start" if k == 0 else "middle" if k * every < 0.97 * span_ms else "end"
+        anchor: Anchor = "start" if k == 0 else "middle" if k * every < 0.97 * span_ms else "end"
         canvas.text(left + k * every * scale, y + 9, f"{k * every:g} ms", "dim small", anchor)
     y += 32
     _key(canvas, y, (("bar", "the host plans the step and packs its page"), ("t0", "launched, until its tokens are read")))

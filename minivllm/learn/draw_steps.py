@@ -1,7 +1,7 @@
 """Pictures of steps: who was in which step with how many tokens, and what a request computed where.
 
-Every function takes the StepRecords of one engine in their order and gives an SVG. One column is one step, whatever it took: what
-a picture shows is the scheduler's work, which is the same on every machine. Times are a matter of tables.
+Every function takes the StepRecords of one engine in their order and gives an SVG. One column is one step, whatever it took:
+what a picture shows is the scheduler's work, which is the same on every machine. Times are a matter of tables.
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,9 @@
 
     python -m minivllm.learn.pictures FOLDER        # docs/learn/pictures is where the chapters look for them
 
-Workloads run on the bundled model, on the CPU (``scenes.py``); two pictures of a GPU's clock are drawn from records that are
-kept in docs/learn/recordings, written by ``python -m benchmarks.observe.device_steps``. All but the draws of tokens come out the
-same to the byte on every machine.
+Scenes run on the bundled model, on the CPU (``scenes.py``); two pictures of a GPU's clock are drawn from records that are kept
+in docs/learn/recordings, written by ``python -m benchmarks.observe.device_steps``. All but the draws of tokens come out the
+same to the byte on every machine. Run it in the repository.
 """
 
 import json
@@ -25,7 +25,7 @@ from minivllm.records import StepRecord
 
 RECORDINGS: Final = Path("docs/learn/recordings")
 NUM_DRAWS: Final = 500
-SETTINGS: Final = (
+SETTINGS: Final[Sequence[tuple[str, dict[str, float]]]] = (
     ("as the model says", {}),
     ("temperature 0.5", {"temperature": 0.5}),
     ("temperature 1.5", {"temperature": 1.5}),
@@ -83,8 +83,8 @@ def prefix_steps() -> str:
 
 def chunked_prefill() -> str:
     """Chapter 6."""
-    sizes = ((256, "steps of at most 256 tokens: the prompt in one step"), (32, "steps of at most 32 tokens: the prompt in chunks"))
-    panels = [Panel(scenes.long_prompt(most), title) for most, title in sizes]
+    sizes = {256: "the prompt in one step", 32: "the prompt in chunks"}
+    panels = [Panel(scenes.long_prompt(n), f"steps of at most {n} tokens: {words}") for n, words in sizes.items()]
     return lanes(panels, "A prompt of 180 tokens (D) arrives while three texts are being generated")
 
 

@@ -1,4 +1,4 @@
-"""Small workloads on the real engine, each arranged so that one idea shows; what comes back are its StepRecords.
+"""Small scenes on the real engine, each arranged so that one idea shows; what comes back are its StepRecords.
 
 Prompts are arbitrary tokens and every text is generated to its given length, so the records say the same on every machine but
 for their times: what the scheduler does depends on numbers of tokens, blocks and rows alone.
@@ -23,7 +23,7 @@ BLOCK: Final = 16
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a workload."""
+    """A request of a scene."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ def request_of(arrival: Arrival, arrival_s: float = 0.0) -> GenerateRequest:
 
 
 class Session:
-    """An engine that is led through a workload, and what it told. Written by who runs the workload."""
+    """An engine that is led through a scene, and what it told. Written by who runs the scene."""
 
     def __init__(self, **options: Any) -> None:
         self.engine = make_engine(**options)
@@ -88,7 +88,7 @@ def run(arrivals: Sequence[Arrival], **options: Any) -> list[StepRecord]:
     return Session(**options).run(arrivals)
 
 
-# ------------------------------------------------------------------------------------------------------- the workloads
+# ------------------------------------------------------------------------------------------------------- the scenes
 
 OF_A_BATCH: Final = ((9, 5), (14, 17), (7, 9), (12, 3), (10, 8), (8, 13), (15, 4), (6, 10))  # (prompt, output) of each
 

@@ -1,8 +1,8 @@
 """A small canvas: rectangles, lines and words as SVG, the same bytes for the same calls.
 
-A picture is a card with a background of its own, in a light and a dark set of colours that the viewer's system chooses; the page
-around it may have either. Colours tell requests apart, and never alone: each request has its letter, and each kind of cell a
-shape or a pattern of its own. The hues are those of Okabe and Ito (2008), which stay apart for colour-blind readers.
+A picture is a card with a background of its own, in a light and a dark set of colours that the viewer's system chooses; the
+page around it may have either. Colours tell requests apart, and never alone: each request has its letter, and each kind of
+cell a shape or a pattern of its own. The hues are those of Okabe and Ito (2008), which stay apart for colour-blind readers.
 
 It knows nothing of requests or steps; ``draw_steps.py`` and ``draw_blocks.py`` do.
 """
@@ -35,9 +35,14 @@ text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--i
 
 def _themes() -> str:
     base = (
-        ("ink", "#1c2126", "#e4e8ec"), ("dim", "#6b747d", "#98a2ac"), ("card", "#ffffff", "#171c21"), ("edge", "#d5dbe0", "#38414a"),
-        ("free", "#eef1f3", "#232a31"), ("bar", "#46525d", "#aeb8c2"), ("bad", "#b3261e", "#ff8a80"),
-    )  # fmt: skip
+        ("ink", "#1c2126", "#e4e8ec"),
+        ("dim", "#6b747d", "#98a2ac"),
+        ("card", "#ffffff", "#171c21"),
+        ("edge", "#d5dbe0", "#38414a"),
+        ("free", "#eef1f3", "#232a31"),
+        ("bar", "#46525d", "#aeb8c2"),
+        ("bad", "#b3261e", "#ff8a80"),
+    )
     light = "".join(f"--{name}:{value};" for name, value, _ in base)
     dark = "".join(f"--{name}:{value};" for name, _, value in base)
     light += "".join(f"--h{i}:{hue[0]};--o{i}:{hue[2]};" for i, hue in enumerate(_HUES))
@@ -75,7 +80,6 @@ class Canvas:
         self.width = width
         self._title, self._description = title, description
         self._shapes: list[str] = []
-        self._used: set[str] = set()
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str) -> None:
         """A cell."""
