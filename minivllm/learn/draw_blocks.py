@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
+from minivllm.learn.canvas import Canvas, text_width
 from minivllm.learn.draw_steps import CELL_HEIGHT, LANE, PAD, WIDTH, lives
-from minivllm.learn.svg import Canvas, text_width
 from minivllm.observe.state import State
 from minivllm.records import StepRecord
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from minivllm.learn.canvas import Anchor, Canvas, text_width
 from minivllm.learn.draw_steps import PAD, WIDTH, Panel, num_steps
-from minivllm.learn.svg import Anchor, Canvas, text_width
 from minivllm.records import StepRecord
 
 BAR: Final = 15  # height of a bar that stands for a time or a number

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
-from minivllm.learn.svg import HUES, Canvas, text_width
+from minivllm.learn.canvas import HUES, Canvas, text_width
 from minivllm.records import RowRecord, StepRecord
 
 WIDTH: Final = 860

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from minivllm.learn import pictures, scenes
+from minivllm.learn.canvas import Canvas
 from minivllm.learn.draw_blocks import frames, story
 from minivllm.learn.draw_steps import Panel, lanes, lives, seats
-from minivllm.learn.svg import Canvas
 from minivllm.records import StepRecord
 
 SVG = "{http://www.w3.org/2000/svg}"
