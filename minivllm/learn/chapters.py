@@ -1,6 +1,6 @@
 """Every picture of the chapters, drawn anew from runs of the engine.
 
-    python -m minivllm.learn.pictures FOLDER        # docs/learn/pictures is where the chapters look for them
+    python -m minivllm.learn.chapters FOLDER        # docs/learn/pictures is where the chapters look for them
 
 Scenes run on the bundled model, on the CPU (``scenes.py``); two pictures of a GPU's clock are drawn from records that are kept
 in docs/learn/recordings, written by ``python -m benchmarks.observe.device_steps``. All but the draws of tokens come out the
@@ -173,7 +173,7 @@ def _of_device(**wanted: Any) -> Sequence[StepRecord]:
 def main(argv: Sequence[str]) -> int:
     """Draw all pictures into a folder."""
     if len(argv) != 1:
-        sys.stderr.write("usage: python -m minivllm.learn.pictures FOLDER\n")
+        sys.stderr.write("usage: python -m minivllm.learn.chapters FOLDER\n")
         return 2
     folder = Path(argv[0])
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from minivllm.learn import pictures, scenes
+from minivllm.learn import chapters, scenes
 from minivllm.learn.canvas import Canvas
 from minivllm.learn.draw_blocks import frames, story
 from minivllm.learn.draw_steps import Panel, lanes, lives, seats
@@ -22,23 +22,23 @@ def drawn(repo: Path) -> Path:
     return repo / "docs" / "learn" / "pictures"
 
 
-@pytest.mark.parametrize("name", sorted(pictures.PICTURES))
+@pytest.mark.parametrize("name", sorted(chapters.PICTURES))
 def test_a_picture_is_what_the_engine_does(name: str, drawn: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)  # recordings are looked for there
-    svg = pictures.PICTURES[name]()
-    if name in pictures.NOT_EXACT:
+    svg = chapters.PICTURES[name]()
+    if name in chapters.NOT_EXACT:
         svg, there = (re.sub(r"\d+(?:\.\d+)?", "0", text) for text in (svg, (drawn / f"{name}.svg").read_text("utf-8")))
         assert set(re.findall(r">([^<>]+)</text>", svg)) == set(re.findall(r">([^<>]+)</text>", there))
     else:
         there = (drawn / f"{name}.svg").read_text(encoding="utf-8")
-        assert svg == there, "run python -m minivllm.learn.pictures docs/learn/pictures"
+        assert svg == there, "run python -m minivllm.learn.chapters docs/learn/pictures"
 
 
 def test_no_picture_is_left_over(drawn: Path) -> None:
-    assert {file.stem for file in drawn.iterdir()} == set(pictures.PICTURES)
+    assert {file.stem for file in drawn.iterdir()} == set(chapters.PICTURES)
 
 
-@pytest.mark.parametrize("name", sorted(pictures.PICTURES))
+@pytest.mark.parametrize("name", sorted(chapters.PICTURES))
 def test_a_picture_is_whole_and_stays_on_its_card(name: str, drawn: Path) -> None:
     text = (drawn / f"{name}.svg").read_text(encoding="utf-8")
     tree = ElementTree.fromstring(text)
