@@ -17,7 +17,7 @@ def solution(request: pytest.FixtureRequest) -> ModuleType:
     """The reader's file, as a module."""
     path: Path | None = request.config.getoption("--solution")
     if path is None:
-        pytest.fail("Name the file with your solution: pytest docs/learn/exercises/test_NN_NAME.py --solution my.py", pytrace=False)
+        pytest.fail("Name the file with your solution: --solution my.py", pytrace=False)
     if path.is_dir():
         path /= Path(str(request.fspath)).name.removeprefix("test_")
     if not path.is_file():

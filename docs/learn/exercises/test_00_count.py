@@ -1,7 +1,7 @@
 """Exercise 0: count before you measure.
 
-Write ``computed(num_prompt, num_output, keeps_cache)``: how many tokens pass through the model until a text of ``num_output``
-tokens is there, with and without a KV cache. The engine is asked whether you are right. Mind the last token.
+Write ``computed(num_prompt, num_output, keeps_cache)``: how many tokens pass through the model until a text of
+``num_output`` tokens is there, with and without a KV cache. The engine is asked whether you are right. Mind the last token.
 """
 
 from types import ModuleType

@@ -1,8 +1,8 @@
 """Exercise 1: one head of attention that remembers.
 
 Write a class ``Head`` with a method ``step(q, k, v)``. It gets the query, key and value of one new token, float64 arrays
-[head_dim], keeps what it needs, and returns that token's output [head_dim]: the same numbers as attention over the whole text
-gives for its last token.
+[head_dim], keeps what it needs, and returns that token's output [head_dim]: the same numbers as attention over the whole
+text gives for its last token.
 """
 
 from types import ModuleType

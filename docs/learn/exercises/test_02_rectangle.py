@@ -1,9 +1,9 @@
 """Exercise 2: make a rectangle of rows that are not equally long, and undo it.
 
 Write ``rectangle(prompts)``. It gets lists of token ids and returns three lists of rows, all as wide as the longest prompt:
-``ids`` padded on the left, ``positions`` of the tokens, each counted from its own text's beginning, and ``mask``, True where
-there is a token. What ids and positions say where the mask is False is up to you, as long as they are integers that are not
-negative. The model of rungs 0 to 3 computes your rectangle; each row must get the logits that it gets alone.
+``ids`` padded on the left, ``positions`` of the tokens, each counted from its own text's beginning, and ``mask``, True
+where there is a token. What ids and positions say where the mask is False is up to you, as long as they are integers that
+are not negative. The model of rungs 0 to 3 computes your rectangle; each row must get the logits that it gets alone.
 """
 
 from types import ModuleType

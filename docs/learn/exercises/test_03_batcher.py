@@ -1,9 +1,9 @@
 """Exercise 3: write the continuous batcher.
 
 Write ``schedule(requests, num_rows)``. Each request is a pair (step at which it arrives, number of tokens it wants), in the
-order of arrival; each step in which a request has a row gives it one token. Return for each request the steps in which it has
-one. First come, first served; a row that a request leaves after step n is another's in step n + 1. Your plan must be the
-engine's.
+order of arrival; each step in which a request has a row gives it one token. Return for each request the steps in which it
+has one. First come, first served; a row that a request leaves after step n is another's in step n + 1. Your plan must be
+the engine's.
 """
 
 import random

@@ -1,8 +1,8 @@
 """Exercise 4: find a token in a paged cache.
 
-Write two functions. ``slots(table, start, count, block_size)``: the KV slots of the positions start .. start + count - 1, where
-slot number b * block_size + i is place i of block b. ``gather(cache, table, length)``: the K (or V) of a text's first ``length``
-tokens, [length, dim], out of a cache [num_blocks, block_size, dim].
+Write two functions. ``slots(table, start, count, block_size)``: the KV slots of the positions start .. start + count - 1,
+where slot number b * block_size + i is place i of block b. ``gather(cache, table, length)``: the K (or V) of a text's first
+``length`` tokens, [length, dim], out of a cache [num_blocks, block_size, dim].
 """
 
 from types import ModuleType

@@ -1,8 +1,9 @@
 """Exercise 5: how much of a prompt is found?
 
-Write ``hits(prompt, known, block_size)``: of how many tokens at the front of ``prompt`` the prefix cache has K and V, when all
-texts in ``known`` were computed before and nothing was evicted. Only full blocks are kept; a block is found only behind its own
-beginning; and at least one token is always computed, for its logits are wanted. The engine is asked whether you are right.
+Write ``hits(prompt, known, block_size)``: of how many tokens at the front of ``prompt`` the prefix cache has K and V, when
+all texts in ``known`` were computed before and nothing was evicted. Only full blocks are kept; a block is found only behind
+its own beginning; and at least one token is always computed, for its logits are wanted. The engine is asked whether you are
+right.
 """
 
 from types import ModuleType

@@ -1,9 +1,9 @@
 """Exercise 6: fill a step.
 
-Write ``plan(num_decodes, prompts_left, budget)``: how many tokens of each prompt a step computes, when ``num_decodes`` texts are
-being generated, prompts of which ``prompts_left`` tokens are not computed yet wait in this order, and a step has at most ``budget``
-tokens. Decodes come first (one token each), then the prompts, in order, as much of each as fits. Every step of four runs of the
-engine is compared with yours.
+Write ``plan(num_decodes, prompts_left, budget)``: how many tokens of each prompt a step computes, when ``num_decodes``
+texts are being generated, prompts of which ``prompts_left`` tokens are not computed yet wait in this order, and a step has
+at most ``budget`` tokens. Decodes come first (one token each), then the prompts, in order, as much of each as fits. Every
+step of four runs of the engine is compared with yours.
 """
 
 from types import ModuleType

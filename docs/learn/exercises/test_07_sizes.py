@@ -1,8 +1,8 @@
 """Exercise 7: which sizes are worth a graph?
 
-Write ``sizes(steps, most)``: up to ``most`` batch sizes to capture, rising. ``steps[n]`` is how many steps had n rows. A step runs at
-the smallest captured size that holds it, and its further rows are computed in vain; every step must fit. Choose the sizes for
-which the fewest rows are computed in vain.
+Write ``sizes(steps, most)``: up to ``most`` batch sizes to capture, rising. ``steps[n]`` is how many steps had n rows. A
+step runs at the smallest captured size that holds it, and its further rows are computed in vain; every step must fit.
+Choose the sizes for which the fewest rows are computed in vain.
 """
 
 import random

@@ -1,9 +1,9 @@
 """Exercise 8: two that take turns, or work at once.
 
-Write ``ends(plan_ms, device_ms, num_steps, ahead)``: when each step's tokens have been read, counted from the start. The host needs
-``plan_ms`` to plan and launch a step, the device ``device_ms`` to compute it, steps in their order; reading takes no time. Not
-``ahead``: a step is planned when the one before was read. ``ahead``: a step is planned as soon as the one before was launched, and
-the one before that was read. Your prediction is compared with an H100.
+Write ``ends(plan_ms, device_ms, num_steps, ahead)``: when each step's tokens have been read, counted from the start. The
+host needs ``plan_ms`` to plan and launch a step, the device ``device_ms`` to compute it, steps in their order; reading
+takes no time. Not ``ahead``: a step is planned when the one before was read. ``ahead``: a step is planned as soon as the
+one before was launched, and the one before that was read. Your prediction is compared with an H100.
 """
 
 import json

@@ -1,9 +1,10 @@
 """Exercise 9: shortest first, and nobody starves.
 
-Write a class ``ShortestFirst``, a scheduling policy (``minivllm/scheduler/policy.py``; inherit ``FirstComeFirstServed`` and write
-``claim``). Of two requests that arrive at about the same time the one that may generate fewer tokens
-(``request.spec.sampling.max_tokens``) runs first. But at most 40 requests that arrived later may overtake one. ``request.uid`` counts
-arrivals; a claim is asked for once, when a request arrives, and the lower one goes first. It is tried on the real scheduler.
+Write a class ``ShortestFirst``, a scheduling policy (``minivllm/scheduler/policy.py``; inherit ``FirstComeFirstServed`` and
+write ``claim``). Of two requests that arrive at about the same time the one that may generate fewer tokens
+(``request.spec.sampling.max_tokens``) runs first. But at most 40 requests that arrived later may overtake one.
+``request.uid`` counts arrivals; a claim is asked for once, when a request arrives, and the lower one goes first. It is
+tried on the real scheduler.
 """
 
 from types import ModuleType

@@ -1,9 +1,9 @@
 """Exercise 10: from logits to a token.
 
-Write two functions. ``keep(logits, min_p, top_k, top_p)``: the ids of the tokens that may be drawn, in any order; the filters come in
-this order, each looking at what the ones before left (``minivllm/sampling/sampler.py`` has the order, ``top_p.py`` what a nucleus
-is). top_k 0, min_p 0 and top_p 1 keep everything. ``draw(logits, u)``: the token that the Gumbel-max trick draws with one uniform
-number for each token. The engine's own filters are asked whether you are right.
+Write two functions. ``keep(logits, min_p, top_k, top_p)``: the ids of the tokens that may be drawn, in any order; the
+filters come in this order, each looking at what the ones before left (``minivllm/sampling/sampler.py`` has the order,
+``top_p.py`` what a nucleus is). top_k 0, min_p 0 and top_p 1 keep everything. ``draw(logits, u)``: the token that the
+Gumbel-max trick draws with one uniform number for each token. The engine's own filters are asked whether you are right.
 """
 
 from types import ModuleType

@@ -1,10 +1,10 @@
 """Exercise 11: how much memory is a token?
 
-Write two functions. ``kv_bytes(config, number_bytes)``: what K and V of one token take, where ``config`` is a model's config.json
-(``num_hidden_layers``, ``num_attention_heads``, ``hidden_size``; ``num_key_value_heads`` and ``head_dim`` may be absent: then all heads
-have their own, and head_dim is hidden_size over heads). ``most_texts(memory_bytes, tokens, block_size, config, number_bytes)``: how
-many texts of so many tokens fit into a cache of this size, in whole blocks, one block of the cache being nobody's. The engine is
-asked whether you are right.
+Write two functions. ``kv_bytes(config, number_bytes)``: what K and V of one token take, where ``config`` is a model's
+config.json (``num_hidden_layers``, ``num_attention_heads``, ``hidden_size``; ``num_key_value_heads`` and ``head_dim`` may
+be absent: then all heads have their own, and head_dim is hidden_size over heads). ``most_texts(memory_bytes, tokens,
+block_size, config, number_bytes)``: how many texts of so many tokens fit into a cache of this size, in whole blocks, one
+block of the cache being nobody's. The engine is asked whether you are right.
 """
 
 import json

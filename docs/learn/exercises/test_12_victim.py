@@ -1,9 +1,10 @@
 """Exercise 12: who gives way?
 
-Write ``victim(candidates)``: which of these requests gives its blocks back. They are sorted by claim, the strongest first; ``computed``
-says how many tokens of K and V each would lose. Choose the one that loses the fewest; of equal ones, the one with the weakest
-claim. But never the strongest of several, so that somebody always gets on. It is tried on the real scheduler: the texts must come
-out as without preemption, and fewer tokens must be computed than with the engine's own choice.
+Write ``victim(candidates)``: which of these requests gives its blocks back. They are sorted by claim, the strongest first;
+``computed`` says how many tokens of K and V each would lose. Choose the one that loses the fewest; of equal ones, the one
+with the weakest claim. But never the strongest of several, so that somebody always gets on. It is tried on the real
+scheduler: the texts must come out as without preemption, and fewer tokens must be computed than with the engine's own
+choice.
 """
 
 from collections.abc import Sequence

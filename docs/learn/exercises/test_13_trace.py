@@ -1,6 +1,7 @@
 """Exercise 13: read a trace.
 
-Write ``where(records, name)``: what became of one request, from the records of an engine's steps (``minivllm/records.py``), as a dict:
+Write ``where(records, name)``: what became of one request, from the records of an engine's steps (``minivllm/records.py``),
+as a dict:
 
     "queued"      steps from its arrival to the first in which it had a row, that one not counted
     "prefill"     steps in which it computed tokens that were known already
