@@ -173,7 +173,7 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
             line = find_line((root / path).read_text(encoding="utf-8"), match["name"])
             if line is not None:
                 return f'<a href="{match["to"]}#{LINE}{line}"><code>{match["name"]}</code></a>'
-            if "/" not in match["name"]:
+            if "/" not in match["name"] and Path(match["name"]).suffix not in SHOWN:
                 log.warning("%s links to %s in %s, which does not define it", page.file.src_uri, match["name"], path)
         return match[0]
 

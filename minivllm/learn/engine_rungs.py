@@ -18,7 +18,8 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import GenerationFailed
 from minivllm.learn.arithmetic import Cost, Sizes, step_cost
 from minivllm.learn.desk import Desk, Request
-from minivllm.types import GenerateRequest, SamplingParams, StepRecord
+from minivllm.records import StepRecord
+from minivllm.types import GenerateRequest, SamplingParams
 
 QUEUED_ROUNDS = 2  # requests at the engine, in batches: those that run, and as many that wait
 TORCH_KERNELS: Mapping[str, Any] = MappingProxyType({"cpu_kernels": "torch", "gpu_kernels": "torch"})
