@@ -18,7 +18,12 @@ from minivllm.delivery import Mailbox, Pacer, share_of
 from minivllm.door import check_prompt, settle, spell
 from minivllm.engine.client import EngineClient
 from minivllm.errors import EngineDead, GenerationFailed, InvalidRequest, QueueTimeout
+from minivllm.observe.explain import Explanations
 from minivllm.observe.metrics import Metrics
+from minivllm.observe.recording import Recorder
+from minivllm.observe.steps import Steps
+from minivllm.observe.trail import Trail
+from minivllm.records import StepRecord
 from minivllm.text.helper import Helpers
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer
@@ -54,11 +59,20 @@ class AsyncLLM:
     """The engine for an event loop. Written by that loop alone; ``run`` must be running as a task."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, config: Config, metrics: Metrics, pacer: Pacer | None = None
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        config: Config,
+        metrics: Metrics,
+        pacer: Pacer | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metrics
+        self.steps = Steps(client.info.block_size, config.observe.step_records, recorder)
+        self._recorder = recorder
+        self.explanations = Explanations(config.served_names[0], opened_only=True) if config.observe.step_records else None
         self.alive = True
         self.last_token_s = 0.0  # when one last came, on time.monotonic()
         self._client = client
@@ -93,6 +107,8 @@ class AsyncLLM:
                 if message.record is not None:
                     with _logged("a step was not counted"):
                         self.metrics.observe(message.record)
+                    with _logged("a step was not recorded"):
+                        self._explain(self.steps.add(message.record, self._client.health.num_restarts))
                     if message.record.num_output_tokens:
                         self.last_token_s = time.monotonic()
                 self.metrics.engine_restarts = self._client.health.num_restarts
@@ -108,6 +124,14 @@ class AsyncLLM:
             for mailbox in set(self._mailboxes.values()):
                 mailbox.fail(EngineDead())
 
+    def _explain(self, record: StepRecord) -> None:
+        """Let the step be a part of the requests' explanations."""
+        if self.explanations is not None:
+            if record.life:
+                health = self._client.health
+                self.explanations.restarted(health.died_s, health.ready_s)
+            self.explanations.observe(record)
+
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         """Put outputs into their mailboxes, and wake the readers that are to take them now."""
         mailboxes, held = self._mailboxes, self._held
@@ -115,6 +139,8 @@ class AsyncLLM:
             mailbox = mailboxes[output.id]
             try:
                 if mailbox.put(output):
+                    if output.finish_reason is not None and self.explanations is not None:
+                        self.explanations.end(output.id, output.finish_reason, output.num_output, time.monotonic())
                     mailbox.wake()
                 else:
                     held.add(mailbox)
@@ -138,14 +164,18 @@ class AsyncLLM:
             mailbox.wake()
         self._held.clear()
 
-    def open(self, orders: Sequence[Order], may_wait_s: float | None = None) -> Mailbox:
+    def open(self, orders: Sequence[Order], may_wait_s: float | None = None, trail: Trail | None = None) -> Mailbox:
         """Generate for all of these, or for none: raises a ``RequestError`` subclass when one is refused. Of requests that
-        ``may_wait_s`` in the queue the mailbox fails when nothing came by then."""
+        ``may_wait_s`` in the queue the mailbox fails when nothing came by then. One with a ``trail`` can be explained."""
+        if trail is not None:
+            trail.finish()
         requests: dict[str, GenerateRequest] = {}
         for order in orders:
-            requests[order.id] = self._accept(order, requests)
+            requests[order.id] = self._accept(order, requests, trail)
         mailbox = Mailbox(tuple(requests), self)
         try:
+            if trail is not None and self.explanations is not None:
+                self.explanations.open(trail.request_id or orders[0].id, tuple(requests.values()), trail)
             for order, request in zip(orders, requests.values(), strict=True):
                 self._mailboxes[request.id] = mailbox
                 self._outputs.add(request.id, request.prompt_ids, request.sampling, order.shown_ids)
@@ -178,6 +208,9 @@ class AsyncLLM:
             if (mailbox := self._mailboxes.pop(request_id, None)) is not None:
                 self._held.discard(mailbox)
             self._outputs.drop(request_id)
+        if self.explanations is not None:
+            for request_id in running:
+                self.explanations.end(request_id, "abort", None, time.monotonic())
         if running and self.alive:
             self._client.abort(running)
 
@@ -234,7 +267,7 @@ class AsyncLLM:
             for search, (order, _), found in zip(running, searches, cached, strict=True)
         ]
 
-    def _accept(self, order: Order, others: dict[str, GenerateRequest]) -> GenerateRequest:
+    def _accept(self, order: Order, others: dict[str, GenerateRequest], trail: Trail | None) -> GenerateRequest:
         """The request as the engine takes it, or the ``RequestError`` why not. ``others`` were accepted with it."""
         if not self.alive:
             raise EngineDead
@@ -252,10 +285,14 @@ class AsyncLLM:
             cache_salt=order.cache_salt,
             sample_index=order.sample_index,
             fork_of=order.fork_of,
+            tenant="" if trail is None else trail.tenant,
+            received_s=None if trail is None else trail.received_s,
         )
 
     async def close(self) -> None:
-        """Stop the engine and the helpers."""
+        """Stop the engine and the helpers, and end the recording."""
         self.helpers.close()
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
         with contextlib.suppress(ConnectionError):
             await self._client.close()

@@ -219,6 +219,12 @@ class ObserveConfig:
         Opt("Tell tokens in records of steps, to all who may read them; none: where there are no API keys.", common=False),
     ] = None
     record_steps: Annotated[str | None, Opt("File to write the records of all steps into, compressed.")] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Opt("Send a span for each request, and one for each of its phases, to this OpenTelemetry collector (OTLP over HTTP, as "
+            "http://127.0.0.1:4318/v1/traces). The one thing for which the server calls anybody. Needs mini-vllm[otlp].",
+            common=False),
+    ] = None
 
 
 @dataclass(frozen=True)

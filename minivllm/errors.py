@@ -68,6 +68,18 @@ class UnknownModel(RequestError):
         super().__init__(f"The model `{shown}` does not exist. This server serves: {', '.join(served)}.", param="model")
 
 
+class UnknownRequest(RequestError):
+    """Nobody remembers the request, or it is somebody else's."""
+
+    status = 404
+    kind = "NotFoundError"
+
+    def __init__(self, name: str, kept: int) -> None:
+        shown = name if len(name) <= 100 else name[:100] + "..."
+        which = f"among those that run and the last {kept} that ended" if kept else "to be told of: --step-records is 0"
+        super().__init__(f"There is no request `{shown}` {which}; ask with the id of its reply.", param="id")
+
+
 class ForeignOrigin(RequestError):
     """A web page of another origin tried to use the native route from somebody's browser."""
 
@@ -234,6 +246,10 @@ class UnsupportedModel(StartupError):
 
 class NotEnoughMemory(StartupError):
     """The model or its cache does not fit into the memory it was given."""
+
+
+class BadRecording(StartupError):
+    """A file is no recording of steps, or it is damaged."""
 
 
 class PortInUse(StartupError):

@@ -7,7 +7,7 @@ test wants.
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +17,11 @@ from minivllm.config import make_config
 from minivllm.door import check_prompt, locate, settle, spell, tokenizer_folder
 from minivllm.engine.build import build_engine
 from minivllm.errors import GenerationFailed, InvalidRequest
+from minivllm.observe.explain import Explanations
+from minivllm.observe.explanation import Explanation
+from minivllm.observe.recording import Recorder
+from minivllm.observe.trail import Trail
+from minivllm.records import EngineOutput
 from minivllm.text.outputs import OutputProcessor
 from minivllm.text.tokenizer import Tokenizer, load_tokenizer
 from minivllm.types import (
@@ -47,6 +52,7 @@ class Completion:
     num_cached: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of ``token_ids``, where they were asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of ``prompt_ids``, where asked for; of the first, None
+    explanation: Explanation | None = None  # where its time went, where that was asked for
 
 
 class LLM:
@@ -57,9 +63,13 @@ class LLM:
         ``StartupError``."""
         config = make_config(**options, **({"model": model} if model is not None else {}))
         config, folder = locate(config)
-        self.config = config
+        path = config.observe.record_steps
+        self._recorder = None if path is None else Recorder(path)
+        self.config = config = replace(config, observe=replace(config.observe, step_records=0))  # nobody could ask for them
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder(config, folder), config.model.chat_template)
         self.engine = build_engine(config)
+        if self._recorder is not None:
+            self._recorder.begin(self.engine.info, config.served_names[0])
         self._seeds = random.Random(config.model.seed)
         self._next_id = 0
         self._vocabulary: LLTokenizer | None = None
@@ -74,11 +84,14 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
         progress: Callable[[int], None] | None = None,
+        *,
+        explain: bool = False,
     ) -> list[Completion]:
         """Generate for all prompts as one changing batch; results come in the order of the prompts, the n of one prompt beside
         each other.
 
-        ``sampling`` is one for all or one for each. ``progress`` is called with the number of new tokens after each step.
+        ``sampling`` is one for all or one for each. ``progress`` is called with the number of new tokens after each step. With
+        ``explain`` each completion has an ``explanation``: where its time went, from the moment that its prompt was taken up.
         Raises ``RequestError`` before anything runs when a prompt or its sampling cannot be served, ``GenerationFailed`` when
         the engine could not finish.
         """
@@ -86,9 +99,14 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         outputs = OutputProcessor(self.tokenizer)
-        requests, done = [], {}
+        requests: list[GenerateRequest] = []
+        done: dict[str, Completion] = {}
+        book = Explanations(self.config.served_names[0], capacity=2**31) if explain else None
         for prompt, params in zip(prompts, each, strict=True):
-            first = self._request(prompt, params)
+            trail = Trail(time.monotonic())
+            with trail.phase("tokenize"):
+                first = self._request(prompt, params)
+            new = len(requests)
             of_prompt: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
             for i in range(params.n):
                 request = first if i == 0 else self._another(first, i, params.seed)
@@ -96,11 +114,13 @@ class LLM:
                 completion = Completion(prompt if isinstance(prompt, str) else None, request.prompt_ids)
                 completion.prompt_logprobs = of_prompt  # the first is told of them, and all have one prompt
                 done[request.id] = completion
+            if book is not None:
+                book.open(first.id, requests[new:], trail)
         try:
             for request in requests:
                 self.engine.add(request)
                 outputs.add(request.id, request.prompt_ids, request.sampling)
-            self._run(outputs, done, progress)
+            self._run(outputs, done, progress, book)
         except BaseException:
             self.engine.abort(list(done))
             raise
@@ -165,21 +185,40 @@ class LLM:
         )
 
     def _run(
-        self, outputs: OutputProcessor, done: dict[str, Completion], progress: Callable[[int], None] | None
+        self,
+        outputs: OutputProcessor,
+        done: dict[str, Completion],
+        progress: Callable[[int], None] | None,
+        book: Explanations | None,
     ) -> None:
         while self.engine.has_work:
-            message = self.engine.step()
+            message = self._step()
             if message is None:
                 continue
+            if book is not None and message.record is not None:
+                book.observe(message.record)
             news, to_abort = outputs.process(message.events)
             self.engine.abort(to_abort)
             for output in news:
                 _extend(done[output.id], output)
+                if book is not None and output.finish_reason is not None:
+                    now_s = time.monotonic()
+                    book.end(output.id, output.finish_reason, output.num_output, now_s)
+                    done[output.id].explanation = book.explain(output.id, now_s)
             if progress is not None:
                 progress(sum(len(e.token_ids) for e in message.events))
 
+    def _step(self) -> EngineOutput | None:
+        """The engine's next step, recorded if steps are."""
+        message = self.engine.step()
+        if self._recorder is not None and message is not None and message.record is not None:
+            self._recorder.add(message.record)
+        return message
+
     def close(self) -> None:
-        """Let the engine and its memory go."""
+        """Let the engine and its memory go, and end the recording."""
+        if self._recorder is not None:
+            self._recorder.close()
         del self.engine
 
 

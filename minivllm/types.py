@@ -367,6 +367,8 @@ class EngineHealth(msgspec.Struct, frozen=True, gc=False):
 
     up: bool  # it is there, and it is not silent for longer than its work explains
     num_restarts: int = 0
+    died_s: float = 0.0  # on time.monotonic(), when an engine was last found dead
+    ready_s: float = 0.0  # and when the one in its place was ready
 
 
 class RequestOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):

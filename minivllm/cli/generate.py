@@ -14,8 +14,9 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
-from minivllm.cli.options import Parser, add_config, add_sampling, read_config, read_sampling
+from minivllm.cli.options import LLM_OPTIONS, Parser, add_config, add_sampling, read_config, read_sampling
 from minivllm.cli.start import load_llm
+from minivllm.config import options
 from minivllm.errors import InvalidOption, InvalidRequest
 from minivllm.types import SETTLED, SamplingParams
 
@@ -58,6 +59,7 @@ def _parser() -> Parser:
     group.add_argument("-o", "--output", help="write the JSON lines to FILE instead of stdout")
     add_sampling(parser)
     add_config(parser)
+    add_config(parser, ("observe",), leave_out=frozenset(o.name for o in options()) - LLM_OPTIONS)
     return parser
 
 

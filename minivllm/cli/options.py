@@ -29,6 +29,7 @@ TITLES: Final[Mapping[str, str]] = {
     "observe": "records of steps",
 }
 ENGINE_SECTIONS: Final = ("model", "cache", "scheduler", "runner")
+LLM_OPTIONS: Final = frozenset({"record_steps"})  # of other sections, those that an ``LLM`` without a server takes
 ALL_SECTIONS: Final = (*ENGINE_SECTIONS, "server", "observe")
 _SIZED: Final = frozenset({"max_model_len", "max_num_batched_tokens"})  # besides the names that end in _bytes
 _SUFFIXES: Final[Mapping[str, int]] = {
@@ -300,7 +301,8 @@ def read_config(found: argparse.Namespace) -> Config:
 
 def flat_options(config: Config) -> dict[str, Any]:
     """The engine's options by name, as ``LLM(**options)`` takes them."""
-    return {o.name: getattr(getattr(config, o.section), o.name) for o in options() if o.section in ENGINE_SECTIONS}
+    taken = [o for o in options() if o.section in ENGINE_SECTIONS or o.name in LLM_OPTIONS]
+    return {o.name: getattr(getattr(config, o.section), o.name) for o in taken}
 
 
 def _from_environment(option: Option, text: str) -> Any:

@@ -6,11 +6,15 @@ import logging
 import resource
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivllm.cli.options import ALL_SECTIONS, Parser, add_config, add_model_argument, read_config
 from minivllm.config import Config
+from minivllm.errors import InvalidOption
 from minivllm.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from minivllm.observe.otlp import SpanExporter
 
 
 def run(argv: Sequence[str]) -> int:
@@ -38,7 +42,10 @@ async def _serve(config: Config) -> int:
 
     config, folder = locate(config)
     defaults = sampling_defaults(config, folder)
+    spans = _span_exporter(config)
     llm = await start_llm(config, folder, _import_server)
+    if spans is not None and llm.explanations is not None:
+        llm.explanations.on_delivered = spans.tell
     try:
         from minivllm.server.application import create_app
         from minivllm.server.http import Server, serve
@@ -58,6 +65,20 @@ async def _serve(config: Config) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # it ends already: one more must not change the exit code
             signal.signal(number, signal.SIG_IGN)
         await llm.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
+
+
+def _span_exporter(config: Config) -> "SpanExporter | None":
+    """Who sends spans of requests, if somebody is to. Raises ``InvalidOption``."""
+    endpoint = config.observe.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    if not config.observe.step_records:
+        raise InvalidOption("--otlp-traces-endpoint reads the records of steps; leave out --step-records 0, or it.")
+    from minivllm.observe.otlp import span_exporter
+
+    return span_exporter(endpoint)
 
 
 def _import_server() -> None:

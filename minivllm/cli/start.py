@@ -41,7 +41,9 @@ async def start_llm(config: Config, folder: Path, meanwhile: Callable[[], None] 
     ``meanwhile``. Whoever calls must run ``run()`` of what it gets as a task, and ``close()`` it.
     """
     from minivllm.engine.supervisor import start_engine
+    from minivllm.observe.recording import Recorder
 
+    recorder = None if config.observe.record_steps is None else Recorder(config.observe.record_steps)
     starting = asyncio.create_task(start_engine(config))
     await asyncio.sleep(0)  # let the child start before this process is busy importing
     try:
@@ -56,7 +58,9 @@ async def start_llm(config: Config, folder: Path, meanwhile: Callable[[], None] 
     from minivllm.async_llm import AsyncLLM
     from minivllm.observe.metrics import metrics_for
 
-    return AsyncLLM(client, tokenizer, config, metrics_for(config, client.info))
+    if recorder is not None:
+        recorder.begin(client.info, config.served_names[0])
+    return AsyncLLM(client, tokenizer, config, metrics_for(config, client.info), recorder=recorder)
 
 
 def _load_tokenizer(config: Config, folder: Path) -> "Tokenizer":

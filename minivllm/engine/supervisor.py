@@ -79,6 +79,7 @@ class Supervisor:
         self._tried: list[Entry] = []  # suspects that have passed, and wait for the others
         self._restarts: deque[float] = deque()  # when, within the window
         self._num_restarts = 0
+        self._died_s = self._ready_s = 0.0  # of the last death behind which an engine said something, and what came after
         self._in_vain = 0  # restarts in a row after which no token came
         self._failed: list[TokenEvent] = []  # to be told
         self._quiet_s = 0.0  # since a word of the engine, or since it has work, in ticks of the watch
@@ -95,7 +96,8 @@ class Supervisor:
     @property
     def health(self) -> EngineHealth:
         """Whether the engine gets on."""
-        return EngineHealth(self._link is not None and self._quiet_s < self._patience_s, self._num_restarts)
+        up = self._link is not None and self._quiet_s < self._patience_s
+        return EngineHealth(up, self._num_restarts, self._died_s, self._ready_s)
 
     @property
     def _patience_s(self) -> float:
@@ -202,6 +204,8 @@ class Supervisor:
         """The engine is dead."""
         if self._link is not None:
             self._link.close()
+        if not self._in_vain:
+            self._died_s = time.monotonic()
         self._link = None
         self._trials.clear()
         self._tried.clear()
@@ -230,6 +234,7 @@ class Supervisor:
             self._link = link
             self._quiet_s = 0.0
             self._announced.extend((0.0, 0.0))
+            self._ready_s = time.monotonic()
             self._replay()
             log.warning("another engine was ready after %.2f s", time.monotonic() - began_s)
             return link

@@ -24,7 +24,8 @@ def check_beams(body: CompletionBody) -> bool:
         if body.length_penalty not in (None, 1.0):
             raise InvalidRequest("length_penalty has no effect without use_beam_search; leave it out.", "length_penalty")
         return False
-    told = {"stream": body.stream, "response_format": body.response_format and body.response_format.type != "text",
+    told = {"stream": body.stream, "explain": body.explain,
+            "response_format": body.response_format and body.response_format.type != "text",
             "structured_outputs": body.structured_outputs, "best_of": body.best_of not in (None, body.n or 1),
             "temperature": body.temperature not in _NO_TEMPERATURE,
             "echo": body.echo and logprobs_of(body.logprobs) is not None}  # fmt: skip

@@ -21,7 +21,7 @@ from minivllm.server.replies import error_response
 T = TypeVar("T")
 
 # Asked for until the very end: whoever watches a drain needs them, and they hold nothing.
-ALWAYS_ANSWERED = ("/live", "/ready", "/metrics", "/metrics/prometheus", "/version")
+ALWAYS_ANSWERED = ("/live", "/ready", "/metrics", "/metrics/prometheus", "/version", "/steps")
 
 
 class ClientGone(Exception):

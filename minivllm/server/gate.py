@@ -5,17 +5,20 @@ back here when the answer is over, whichever way it ended.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.errors import RequestError
+from minivllm.observe.trail import Trail
 from minivllm.server.admission import BYTES_PER_TOKEN, Admission, Ticket
 from minivllm.server.keys import TENANT
 from minivllm.server.replies import error_response
 
 PROBES: Final = ("/ping",)  # may be posted to, and must be answered when the server is full
 TICKET: Final = "ticket"  # in the scope's state
+TRAIL: Final = "trail"  # likewise
 
 
 class AdmissionGate:
@@ -31,23 +34,35 @@ class AdmissionGate:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] in PROBES:
             await self.app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
+        state, headers = scope.setdefault("state", {}), dict(scope["headers"])
+        tenant: str = state.get(TENANT, "")
+        trail = Trail(time.monotonic(), tenant, headers.get(b"traceparent", b"").decode("latin-1"))
         try:
-            ticket = self.admission.reserve(state.get(TENANT, ""), self._guess(scope), time.monotonic())
+            ticket = self.admission.reserve(tenant, self._guess(headers), trail.received_s)
         except RequestError as refusal:
             await error_response(refusal)(scope, receive, send)
             return
-        state[TICKET] = ticket
+        state[TICKET], state[TRAIL] = ticket, trail
         try:
             await self.app(scope, receive, send)
         finally:
-            self.admission.release(ticket, time.monotonic())
+            now_s = time.monotonic()
+            self.admission.release(ticket, now_s)
+            trail.delivered(now_s)
 
-    def _guess(self, scope: Scope) -> int:
+    def _guess(self, headers: Mapping[bytes, bytes]) -> int:
         """Tokens of a body that is not here yet; of one whose length is not told, as many as there may be."""
-        length = dict(scope["headers"]).get(b"content-length", b"")
+        length = headers.get(b"content-length", b"")
         num_bytes = int(length) if length.isdigit() and len(length) <= 15 else self.max_body_bytes
         return min(num_bytes, self.max_body_bytes) // BYTES_PER_TOKEN
+
+
+def trail_of(scope: Scope) -> Trail:
+    """The stamps of this request. Raises ``RuntimeError`` for one that came around the gate."""
+    trail = scope.get("state", {}).get(TRAIL)
+    if not isinstance(trail, Trail):
+        raise RuntimeError("a request came around the gate")
+    return trail
 
 
 def ticket_of(scope: Scope) -> Ticket:

@@ -74,6 +74,7 @@ class OpenAIFields(SamplingFields, kw_only=True):
     prompt_logprobs: int | None = None  # likeliest tokens to tell of each position of the prompt
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in logprobs
+    explain: bool | None = None  # the reply says where its time went; this server's own field
 
 
 class CompletionBody(OpenAIFields, kw_only=True):

@@ -13,6 +13,7 @@ import msgspec
 from starlette.responses import Response
 
 from minivllm.errors import RequestError
+from minivllm.observe.explanation import Explanation
 from minivllm.server.logprobs import ChatLogprobs, CompletionLogprobs, OfPrompt
 from minivllm.types import FinishReason
 
@@ -66,6 +67,7 @@ class Completion(
     model: str
     choices: tuple[CompletionChoice, ...]
     usage: Usage | None = None
+    explain: Explanation | None = None
 
 
 class CalledFunction(msgspec.Struct, frozen=True, gc=False):
@@ -120,6 +122,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_fi
     usage: Usage
     prompt_token_ids: TokenIds = msgspec.UNSET
     prompt_logprobs: OfPrompt | msgspec.UnsetType = msgspec.UNSET
+    explain: Explanation | msgspec.UnsetType = msgspec.UNSET
 
 
 class DeltaFunction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -180,6 +183,7 @@ class ChatChunk(
     choices: tuple[ChunkChoice | LastChunkChoice, ...]
     usage: Usage | None = None
     prompt_token_ids: TokenIds = msgspec.UNSET
+    explain: Explanation | None = None
 
 
 class ModelPermission(msgspec.Struct, frozen=True, gc=False):

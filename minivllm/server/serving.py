@@ -21,10 +21,11 @@ from minivllm.beams import BeamSearchParams
 from minivllm.config import Config
 from minivllm.delivery import Mailbox
 from minivllm.errors import InvalidRequest, MalformedBody, UnknownModel
+from minivllm.observe.explanation import Explanation
 from minivllm.server.admission import Admission, Cost, cost_of, cost_of_beams
 from minivllm.server.drain import ClientGone, Drain
 from minivllm.server.fields import Form
-from minivllm.server.gate import ticket_of
+from minivllm.server.gate import ticket_of, trail_of
 from minivllm.server.health import Health
 from minivllm.server.keys import TENANT, Keys, Salts
 from minivllm.server.messages import Chat
@@ -123,7 +124,7 @@ class Serving:
     def admitted(self, scope: Scope, orders: Sequence[Order]) -> Iterator[Mailbox]:
         """Generate for ``orders`` if there is room for what they cost. Raises ``RequestError`` subclasses."""
         self._settle(scope, cost_of(orders, self.llm.info.max_model_len))
-        with self.llm.open(orders, self.config.server.queue_timeout_s) as mailbox:
+        with self.llm.open(orders, self.config.server.queue_timeout_s, trail_of(scope)) as mailbox:
             try:
                 yield mailbox
             finally:
@@ -131,6 +132,18 @@ class Serving:
 
     def _settle(self, scope: Scope, cost: Cost) -> None:
         self.admission.settle(ticket_of(scope), cost, time.monotonic())
+
+    def explainer(self, wanted: bool | None, request_id: str) -> Callable[[], Explanation | None]:
+        """What says where a request's time went, once it has ended; nothing where that is not ``wanted``. Raises
+        ``InvalidRequest`` when nobody takes notice of it."""
+        book = self.llm.explanations
+        if not wanted:
+            return lambda: None
+        if book is None:
+            raise InvalidRequest(
+                "explain reads the records of steps, and this server keeps none (--step-records 0); leave it out.", "explain"
+            )
+        return lambda: book.explain(request_id, time.monotonic(), self.tenant)
 
     async def beam_search(
         self, searches: Sequence[tuple[Order, BeamSearchParams]], request: Request
@@ -152,6 +165,18 @@ def serving(request: Request) -> Serving:
         raise RuntimeError("the app was not made by create_app")
     tenant = str(request.scope.get("state", {}).get(TENANT, ""))
     return replace(value, tenant=tenant) if tenant else value
+
+
+@contextmanager
+def prompting(request: Request, request_id: str) -> Iterator[None]:
+    """While this block runs, prompts are made of the body of a request that its client will know by ``request_id``; it was read
+    and checked before."""
+    trail = trail_of(request.scope)
+    trail.request_id = request_id
+    trail.received()
+    with trail.phase("tokenize"):
+        yield
+    trail.begin("admit")
 
 
 async def read_json(request: Request, form: Form[F]) -> F:

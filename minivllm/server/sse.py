@@ -15,6 +15,7 @@ one write for all that is there.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
@@ -25,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from minivllm.async_llm import Order
 from minivllm.errors import GenerationFailed, RequestError
 from minivllm.server.drain import ClientGone
+from minivllm.server.gate import trail_of
 from minivllm.server.replies import encode
 from minivllm.server.serving import Serving
 from minivllm.types import RequestOutput
@@ -123,6 +125,7 @@ class EventStream(Response):
     async def _stream(self, scope: Scope, send: Send, send_chunk: SendChunk) -> None:
         """Status line, every event, end."""
         script = self._script
+        trail = trail_of(scope)
         with self._serving.admitted(scope, self._orders) as mailbox:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._status_after_s):
@@ -136,8 +139,12 @@ class EventStream(Response):
                     break
                 if events:
                     await send_chunk(events, mailbox.outwait)
+                    if trail.first_text_s is None:
+                        trail.first_text_s = time.monotonic()
                 await mailbox.wait()
                 taken = mailbox.take()
+        if trail.first_text_s is None:
+            trail.first_text_s = time.monotonic()
         await send({"type": "http.response.body", "body": events + script.end()})
 
 

@@ -174,3 +174,8 @@ def test_the_bundled_model_completes(bundled_model: Path, capsys: pytest.Capture
     lines = written(capsys)
     assert [line["num_output_tokens"] for line in lines] == [4, 4]
     assert [line["finish_reason"] for line in lines] == ["length", "length"]
+
+
+def test_steps_can_be_recorded(spoken: Spoken, tmp_path: Path) -> None:
+    assert main(["generate", "x", "--record-steps", str(tmp_path / "steps")]) == 0
+    assert spoken.options["record_steps"] == str(tmp_path / "steps")

@@ -81,6 +81,20 @@ def test_a_server_listens_on_its_ports_and_calls_nobody(own_port: bool) -> None:
         assert live.stop() == 0
 
 
+def test_spans_go_to_the_collector_that_was_named_and_nothing_goes_elsewhere() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        chosen = collector.getsockname()[1]
+        with serve("--otlp-traces-endpoint", f"http://127.0.0.1:{chosen}/v1/traces") as live:
+            exercise(live)
+            caller, _ = collector.accept()  # it is called, though it never answers
+            ours = {int(live.url.rsplit(":", 1)[1]), chosen}
+            found = network(tree(live.process.pid))
+            assert {kind for kind, *_ in found} == {"tcp"} and len([e for e in found if e[1] == LISTENING]) == 1
+            assert [entry for entry in found if not ours & {entry[2], entry[3]}] == []
+            assert chosen in {entry[3] for entry in found}
+            caller.close()
+
+
 def test_the_look_at_sockets_sees_what_it_should() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as caller:
         port, other = listener.getsockname()[1], caller.getsockname()[1]

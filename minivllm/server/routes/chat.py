@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: the next message of a conversation, written with the model's own chat template."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from minivllm.async_llm import Order
 from minivllm.errors import RequestError
+from minivllm.observe.explanation import Explanation
 from minivllm.server.answers import Answer, Reading
 from minivllm.server.demands import Demands
 from minivllm.server.logprobs import LogprobTexts
@@ -32,7 +33,7 @@ from minivllm.server.replies import (
     json_response,
     new_id,
 )
-from minivllm.server.serving import Serving, read_json, serving, written
+from minivllm.server.serving import Serving, prompting, read_json, serving, written
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.structured import grammar_of
 from minivllm.server.tools import Offer, offer_of
@@ -48,18 +49,20 @@ async def chat_completions(request: Request) -> Response:
     s = serving(request)
     body = await read_json(request, CHAT)
     head = Head(new_id("chatcmpl"), int(time.time()), s.model_name(body.model))
-    usage = stream_usage(body)
-    orders, reading = await _orders(s, body, head.id)
+    usage, explain = stream_usage(body), s.explainer(body.explain, head.id)
+    with prompting(request, head.id):
+        orders, reading = await _orders(s, body, head.id)
     counts = Counts(len(orders), s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
-    telling = _Telling(head, counts, asked, reading)
+    telling = _Telling(head, counts, asked, reading, explain)
     if body.stream:
         return EventStream(s, orders, _Script(telling, usage))
     outputs = await s.whole(orders, request)
     ids, found = orders[0].prompt_ids, outputs[0].prompt_logprobs
     of_prompt = await written(len(found), lambda: asked.of_prompt(ids, found))
-    return json_response(msgspec.structs.replace(_whole(outputs, telling), prompt_logprobs=of_prompt))
+    reply = msgspec.structs.replace(_whole(outputs, telling), prompt_logprobs=of_prompt)
+    return json_response(reply if (told := explain()) is None else msgspec.structs.replace(reply, explain=told))
 
 
 async def _orders(s: Serving, body: ChatBody, request_id: str) -> tuple[list[Order], Reading]:
@@ -126,6 +129,7 @@ class _Telling:
     counts: Counts
     asked: Asked
     reading: Reading
+    explain: Callable[[], Explanation | None]
 
 
 class _Script:
@@ -136,6 +140,7 @@ class _Script:
         self._usage = usage
         self._counts = telling.counts
         self._asked = telling.asked
+        self._explain = telling.explain
         self._reading = telling.reading
         self._plain = telling.reading.plain
         self._answers: dict[int, Answer] = {}  # those that have begun
@@ -177,18 +182,24 @@ class _Script:
         return found
 
     def end(self) -> bytes:
-        """The usage where it was asked for, and the mark."""
-        return (self._chunk(None) if self._usage.last else b"") + DONE
+        """A chunk with the usage and the explanation where they were asked for, and the mark."""
+        explanation = self._explain()
+        if not self._usage.last and explanation is None:
+            return DONE
+        head, usage = self._head, self._counts.usage() if self._usage.last else None
+        last = ChatChunk(
+            id=head.id, created=head.created, model=head.model, choices=(), usage=usage, explain=explanation
+        )
+        return json_event(encode(last)) + DONE
 
     def failure(self, error: RequestError) -> bytes:
         """The error, and the mark."""
         return stream_failure(error)
 
-    def _chunk(self, choice: ChunkChoice | LastChunkChoice | None, prompt_ids: TokenIds = UNSET) -> bytes:
+    def _chunk(self, choice: ChunkChoice | LastChunkChoice, prompt_ids: TokenIds = UNSET) -> bytes:
         head = self._head
-        told: Usage | None = self._counts.usage() if self._usage.each or choice is None else None
-        choices = () if choice is None else (choice,)
+        told: Usage | None = self._counts.usage() if self._usage.each else None
         chunk = ChatChunk(
-            id=head.id, created=head.created, model=head.model, choices=choices, usage=told, prompt_token_ids=prompt_ids
+            id=head.id, created=head.created, model=head.model, choices=(choice,), usage=told, prompt_token_ids=prompt_ids
         )
         return json_event(encode(chunk))

@@ -1,7 +1,7 @@
 """POST /v1/completions: text goes on where the prompt ends. A list of prompts gives n choices for each, in their order."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -13,11 +13,12 @@ from starlette.responses import Response
 from minivllm.async_llm import Order
 from minivllm.beams import BeamSearchParams
 from minivllm.errors import ContextTooLong, InvalidRequest, RequestError
+from minivllm.observe.explanation import Explanation
 from minivllm.server.beams import beams_of, check_beams
 from minivllm.server.logprobs import Echoed, LogprobTexts
 from minivllm.server.protocol import COMPLETION, CompletionBody, logprobs_of, prompts_of, sampling_of, truncated, with_best_of
 from minivllm.server.replies import Completion, CompletionChoice, Head, Usage, encode, json_response, new_id
-from minivllm.server.serving import Serving, read_json, serving, written
+from minivllm.server.serving import Serving, prompting, read_json, serving, written
 from minivllm.server.sse import DONE, MARK, EventStream, TextEvents, json_event
 from minivllm.server.structured import grammar_of
 from minivllm.server.usage import Asked, Counts, StreamUsage, stream_failure, stream_usage
@@ -36,17 +37,18 @@ async def completions(request: Request) -> Response:
     s = serving(request)
     body = await read_json(request, COMPLETION)
     head = Head(new_id("cmpl"), int(time.time()), s.model_name(body.model))
-    usage = stream_usage(body)
-    searches = await _searches(s, body, head.id) if check_beams(body) else []
-    orders = [order for order, p in searches for _ in range(p.beam_width)] or await _orders(s, body, head.id)
+    usage, explain = stream_usage(body), s.explainer(body.explain, head.id)
+    with prompting(request, head.id):
+        searches = await _searches(s, body, head.id) if check_beams(body) else []
+        orders = [order for order, p in searches for _ in range(p.beam_width)] or await _orders(s, body, head.id)
+        texts = await _echoes(s, orders) if body.echo else [""] * len(orders)
     num_samples = searches[0][1].beam_width if searches else orders[0].sampling.n
     counts = Counts(num_samples, s.config.server.enable_prompt_tokens_details)
     logprobs = LogprobTexts(s.llm.tokenizer, bool(body.return_tokens_as_token_ids))
     asked = Asked([order.prompt_ids for order in orders] if body.return_token_ids else None, logprobs, body.prompt_logprobs)
-    texts = await _echoes(s, orders) if body.echo else [""] * len(orders)
     prompts = _Prompts([order.prompt_ids for order in orders], texts, logprobs_of(body.logprobs) if body.echo else None)
     if body.stream:
-        return EventStream(s, orders, _Script(head, usage, counts, asked, prompts))
+        return EventStream(s, orders, _Script(_Telling(head, counts, asked, prompts, explain), usage))
     if searches:
         outputs = [output for found in await s.beam_search(searches, request) for output in found]
     else:
@@ -55,7 +57,8 @@ async def completions(request: Request) -> Response:
     if logprobs_of(body.logprobs) is None:
         outputs = [msgspec.structs.replace(output, logprobs=()) for output in outputs]  # only the choice wanted them
     num_told = sum(len(output.prompt_logprobs) for output in outputs)
-    return json_response(await written(num_told, lambda: _whole((outputs, best), head, counts, asked, prompts)))
+    telling = _Telling(head, counts, asked, prompts, explain)
+    return json_response(await written(num_told, lambda: _whole((outputs, best), telling)))
 
 
 async def _echoes(s: Serving, orders: Sequence[Order]) -> list[str]:
@@ -140,11 +143,21 @@ async def _orders(s: Serving, body: CompletionBody, request_id: str) -> list[Ord
     return orders
 
 
-def _whole(
-    made: tuple[Sequence[RequestOutput], Sequence[int]], head: Head, counts: Counts, asked: Asked, prompts: _Prompts
-) -> Completion:
+@dataclass(frozen=True)
+class _Telling:
+    """What whole replies and streams have in common."""
+
+    head: Head
+    counts: Counts
+    asked: Asked
+    prompts: _Prompts
+    explain: Callable[[], Explanation | None]
+
+
+def _whole(made: tuple[Sequence[RequestOutput], Sequence[int]], telling: _Telling) -> Completion:
     """The reply that holds every choice. ``made``: all outputs, which count, and which of them are the choices."""
-    outputs, best = made
+    (outputs, best), head, counts = made, telling.head, telling.counts
+    asked, prompts = telling.asked, telling.prompts
     for i, output in enumerate(outputs):
         counts.see(i, output)
     choices: list[CompletionChoice] = []
@@ -154,19 +167,23 @@ def _whole(
         text, of_prompt = prompts.echoes[i] + o.text, asked.of_prompt(prompts.ids[i], found)
         ids, prompt_ids = asked.new(o), asked.prompt(i)
         choices.append(CompletionChoice(index, text, logprobs, o.finish_reason, o.stop_reason, ids, prompt_ids, of_prompt))
-    return Completion(id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage())
+    return Completion(
+        id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage(),
+        explain=telling.explain(),
+    )  # fmt: skip
 
 
 class _Script:
     """A chunk for each piece of text, the last of a choice with its finish reason."""
 
-    def __init__(self, head: Head, usage: StreamUsage, counts: Counts, asked: Asked, prompts: _Prompts) -> None:
-        self._head = head
+    def __init__(self, telling: _Telling, usage: StreamUsage) -> None:
+        self._head = telling.head
         self._usage = usage
-        self._counts = counts
-        self._asked = asked
-        self._prompts = prompts
-        self._echoes = dict(enumerate(prompts.echoes))  # what is still to be said before each choice's text
+        self._counts = telling.counts
+        self._asked = telling.asked
+        self._prompts = telling.prompts
+        self._explain = telling.explain
+        self._echoes = dict(enumerate(telling.prompts.echoes))  # what is still to be said before each choice's text
         self._found: dict[int, list[TokenLogprobs]] = {}  # of prompts that are not echoed yet
         self._begun: set[int] = set()  # choices whose prompt's ids were told
         self._pieces: dict[int, TextEvents] = {}  # of each choice
@@ -204,15 +221,19 @@ class _Script:
         return found
 
     def end(self) -> bytes:
-        """The usage where it was asked for, and the mark."""
-        return (self._chunk((), self._counts.usage()) if self._usage.last else b"") + DONE
+        """A chunk with the usage and the explanation where they were asked for, and the mark."""
+        explanation, usage = self._explain(), self._counts.usage() if self._usage.last else None
+        return (self._chunk((), usage, explanation) if usage or explanation else b"") + DONE
 
     def failure(self, error: RequestError) -> bytes:
         """The error, and the mark."""
         return stream_failure(error)
 
-    def _chunk(self, choices: tuple[CompletionChoice, ...], told: Usage | None) -> bytes:
+    def _chunk(
+        self, choices: tuple[CompletionChoice, ...], told: Usage | None, explanation: Explanation | None = None
+    ) -> bytes:
         head = self._head
-        return json_event(
-            encode(Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=told))
+        chunk = Completion(
+            id=head.id, created=head.created, model=head.model, choices=choices, usage=told, explain=explanation
         )
+        return json_event(encode(chunk))

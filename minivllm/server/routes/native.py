@@ -16,7 +16,7 @@ from starlette.responses import Response
 from minivllm.errors import ForeignOrigin, RequestError
 from minivllm.server.protocol import GENERATE, sampling_of
 from minivllm.server.replies import error_body, new_id
-from minivllm.server.serving import read_form, serving
+from minivllm.server.serving import prompting, read_form, serving
 from minivllm.server.sse import EventStream, text_event
 from minivllm.types import RequestOutput
 
@@ -31,9 +31,11 @@ async def generate(request: Request) -> Response:
     refuse_foreign_origin(request)
     s = serving(request)
     body = await read_form(request, GENERATE)
-    ids = await s.encode(body.prompt)
-    sampling = sampling_of(body, temperature=0.0, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
-    return EventStream(s, s.orders(new_id("gen"), ids, sampling), _Script())
+    request_id = new_id("gen")
+    with prompting(request, request_id):
+        ids = await s.encode(body.prompt)
+        sampling = sampling_of(body, temperature=0.0, max_tokens=s.room_for(DEFAULT_MAX_TOKENS, len(ids)))
+    return EventStream(s, s.orders(request_id, ids, sampling), _Script())
 
 
 class _Script:

@@ -1,0 +1,88 @@
+"""GET /steps: what the engine does, step by step, as JSON or as a stream of events.
+
+A reader begins with a *base*, the state before the first record that it gets, and then applies records. Both come as
+``observe/steps.py`` keeps them, so ten readers cost little more than one. Who reads too slowly is told to begin anew.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Final
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from minivllm.errors import InvalidRequest
+from minivllm.observe.state import Snapshot
+from minivllm.server.replies import encode
+from minivllm.server.serving import Serving, serving
+from minivllm.server.sse import json_event
+
+EVERY_S: Final = 0.05  # between events
+HEARTBEAT_S: Final = 15.0  # without one, for proxies that end what is silent
+MOST: Final = 2**20
+DEFAULT_LIMIT: Final = 256
+
+router = APIRouter()
+
+
+@router.get("/steps")
+async def steps(request: Request, since: str = "", limit: str = "", stream: str = "") -> Response:
+    """Records of steps from number ``since`` on, at most ``limit``; with ``stream=true``, or where an event stream is
+    accepted, all from now on as they come."""
+    s = serving(request)
+    if stream not in ("", "true", "false"):
+        raise InvalidRequest("stream must be true or false.", "stream")
+    if stream == "true" or (not stream and "text/event-stream" in request.headers.get("accept", "")):
+        if since or limit:
+            raise InvalidRequest("A stream of steps begins now and does not end; leave out since and limit.", "stream")
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(_events(s), media_type="text/event-stream", headers=headers)
+    number, most = _whole(since, "since"), _whole(limit, "limit")
+    kept = s.llm.steps
+    page = kept.now() if most == 0 and number is None else kept.read(number, DEFAULT_LIMIT if most is None else most)
+    return Response(await _body(s, page.next, page.base, page.records), media_type="application/json")
+
+
+def _whole(text: str, name: str) -> int | None:
+    """A parameter of the query. Raises ``InvalidRequest``."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+    return int(text)
+
+
+async def _body(s: Serving, following: int, base: Snapshot | None, records: list[bytes] | None) -> bytes:
+    """A JSON object for a reader. A base is written beside the event loop: it may have a million tokens."""
+    info = {**msgspec.to_builtins(s.llm.info), "model": s.config.served_names[0]}
+    info.pop("type")
+    parts = [b'{"info":%b,"now_s":%b' % (encode(info), encode(time.monotonic()))]
+    if base is not None:
+        parts.append(b',"base":%b' % await asyncio.to_thread(lambda: encode(base.base())))
+    if records is not None:
+        parts.append(b',"steps":[%b]' % b",".join(records))
+    return b"".join([*parts, b',"next":%d}' % following])
+
+
+async def _events(s: Serving) -> AsyncIterator[bytes]:
+    """A base, then records as they come, until the reader or the server goes."""
+    kept = s.llm.steps
+    page, silent_since = kept.now(), time.monotonic()
+    yield b"event: base\n" + json_event(await _body(s, page.next, page.base, None))
+    while not s.drain.stopped:
+        await asyncio.sleep(EVERY_S)
+        now = time.monotonic()
+        if kept.next == page.next:
+            if now - silent_since >= HEARTBEAT_S:
+                silent_since = now
+                yield b": nothing happens\n\n"
+            continue
+        silent_since, page = now, kept.read(page.next, MOST)
+        if page.base is None:
+            yield b'event: steps\ndata: {"steps":[%b]}\n\n' % b",".join(page.records)
+        else:
+            page = kept.now()
+            yield b"event: gap\n" + json_event(await _body(s, page.next, page.base, None))

@@ -1,0 +1,160 @@
+"""GET /steps: pages of records, and records as they come, on an engine whose steps are known."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from scripted_engine import Live
+
+Until = Callable[[Callable[[], bool]], None]
+
+
+def generate(live: Live, num_tokens: int = 5) -> None:
+    """As many steps as tokens, more or less."""
+    body = {"prompt": "a fox", "max_tokens": num_tokens}
+    assert httpx.post(live.url + "/v1/completions", json=body, timeout=30).status_code == 200
+
+
+def steps(live: Live, **query: Any) -> dict[str, Any]:
+    reply = httpx.get(live.url + "/steps", params=query)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    return dict(reply.json())
+
+
+def events(stream: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """Name and data of each event."""
+    name = ""
+    for line in stream.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_before_the_first_step_there_is_a_base_all_the_same(start: Callable[..., Live]) -> None:
+    found = steps(start())
+    assert found["base"] == {"requests": [], "blocks": {"total": 0, "held": [], "cached": []}}
+    assert (found["steps"], found["next"]) == ([], 0)
+
+
+def test_pages_follow_each_other(start: Callable[..., Live]) -> None:
+    live = start()
+    generate(live, 30)
+    first = steps(live, limit=7)
+    assert first["info"] | {"model": "fox", "block_size": 16, "max_model_len": 512} == first["info"]
+    assert abs(first["now_s"] - time.monotonic()) < 60
+    assert [record["seq"] for record in first["steps"]] == list(range(7)) and first["next"] == 7
+    assert first["steps"][0]["life"] == 0 and "life" not in first["steps"][1]
+    row = first["steps"][3]["rows"][0]
+    assert (row["start"], row["num_tokens"], row["kind"]) == (3, 1, "decode")
+    second = steps(live, since=7, limit=100)
+    assert "base" not in second
+    assert [record["seq"] for record in second["steps"]] == list(range(7, 30)) and second["next"] == 30
+    assert steps(live, since=30)["steps"] == []
+    assert "base" in steps(live, since=31), "of another server: begin anew"
+
+
+def test_a_limit_of_none_is_the_state_now(start: Callable[..., Live]) -> None:
+    live = start()
+    generate(live, 9)
+    found = steps(live, limit=0)
+    assert (found["steps"], found["next"]) == ([], 9)
+    assert found["base"]["blocks"]["total"] == 100
+
+
+def test_only_the_last_ones_are_kept(start: Callable[..., Live]) -> None:
+    live = start(step_records=16)
+    generate(live, 100)
+    found = steps(live, limit=1000)
+    assert 16 <= len(found["steps"]) <= 18 and found["next"] == 100
+    assert steps(live, since=3)["steps"][0] == found["steps"][0], "those are gone"
+    assert "base" in steps(live, since=3)
+
+
+@pytest.mark.parametrize("query", ["since=-1", "since=x", "limit=1.5", "limit=%C2%B2", "stream=maybe", "stream=true&since=3",
+                                   "since=99999999999999999999"])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(live: Live, http: httpx.Client, query: str) -> None:
+    reply = http.get("/steps?" + query)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == query.split("=")[0]
+
+
+def test_without_records_there_is_no_such_route(start: Callable[..., Live]) -> None:
+    live = start(step_records=0)
+    generate(live)
+    assert httpx.get(live.url + "/steps").status_code == 404
+
+
+@pytest.mark.parametrize("how", [{"params": {"stream": "true"}}, {"headers": {"accept": "text/event-stream"}}])
+def test_a_stream_begins_with_a_base_and_goes_on_with_what_comes(start: Callable[..., Live], how: dict[str, Any]) -> None:
+    live = start(delay_s=0.001)
+    generate(live, 3)
+    with httpx.stream("GET", live.url + "/steps", timeout=30, **how) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        told = events(stream)
+        name, base = next(told)
+        assert (name, base["next"], base["info"]["model"]) == ("base", 3, "fox")
+        assert base["base"]["blocks"]["total"] == 100 and "steps" not in base
+        generate(live, 40)
+        found: list[int] = []
+        while len(found) < 40:
+            name, data = next(told)
+            assert name == "steps"
+            found += [record["seq"] for record in data["steps"]]
+        assert found == list(range(3, 43))
+
+
+def ask_and_not_read(live: Live) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", live.port))
+    sock.sendall(b"GET /steps?stream=true HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    return sock
+
+
+def test_a_reader_that_falls_behind_begins_anew(start: Callable[..., Live], until: Until) -> None:
+    """Nothing is kept for it: it reads what was under way, then a new base, and then what comes."""
+    live = start(step_records=500, context=2**14)
+    sock = ask_and_not_read(live)
+    body = {"prompt": "a fox", "max_tokens": 6_000, "n": 16, "temperature": 1.0}
+    assert httpx.post(live.url + "/v1/completions", json=body, timeout=120).status_code == 200
+    number = steps(live, limit=0)["next"]
+    assert number >= 6_000
+    told: list[tuple[str, Any]] = []
+    text = b""
+    while not any(name == "gap" for name, _ in told):
+        part = sock.recv(2**20)
+        assert part
+        *whole, text = (text + part).split(b"\n\n")
+        for event in whole:
+            name, _, data = event.rpartition(b"\ndata: ")
+            if name:
+                told.append((name.rpartition(b"event: ")[2].decode(), json.loads(data.partition(b"\r\n")[0])))
+    assert told[0][0] == "base" and told[-1][1]["next"] == number and "base" in told[-1][1]
+    seen = [record["seq"] for name, data in told if name == "steps" for record in data["steps"]]
+    assert seen == list(range(len(seen))) and 0 < len(seen) < number - 500
+    generate(live, 5)
+    until(lambda: b"event: steps\n" in sock.recv(2**16))
+    sock.close()
+
+
+def test_streams_end_with_their_readers_and_hold_up_no_stop(start: Callable[..., Live], until: Until) -> None:
+    live = start(shutdown_timeout_s=60.0)
+    with httpx.stream("GET", live.url + "/steps?stream=true") as stream:
+        next(events(stream))
+        assert len(live.server._state.tasks) == 1
+    until(lambda: not live.server._state.tasks)
+    socks = [ask_and_not_read(live) for _ in range(3)]
+    until(lambda: len(live.server._state.tasks) == 3)
+    began = time.monotonic()
+    live.stop()
+    assert live.join() == 0
+    assert time.monotonic() - began < 15, "it did not wait for those who watch"
+    for sock in socks:
+        sock.close()
