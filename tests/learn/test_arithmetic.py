@@ -118,6 +118,9 @@ def test_the_desk_closes_when_the_time_is_over_but_not_before_the_first() -> Non
     assert len(desk.take(2)) == 2
     assert not desk.open
     assert desk.take(2) == []
+    first = desk.taken[0]
+    desk.tell(first, 5)  # the time is over twice
+    assert (first.output, first.cut, first.done) == ([5], True, True)
 
 
 def test_the_desk_times_tokens_without_idle_time() -> None:
