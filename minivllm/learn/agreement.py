@@ -24,7 +24,7 @@ def compare(model: Model, requests: Sequence[Request], earlier: Sequence[Mapping
         if other is None:
             continue
         compared += 1
-        if other.output == request.output:
+        if all(a == b for a, b in zip(other.output, request.output, strict=False)):  # one of them may be cut short
             equal += 1
         elif _near_tie(model, request, other):
             near += 1
@@ -33,7 +33,7 @@ def compare(model: Model, requests: Sequence[Request], earlier: Sequence[Mapping
 
 def _near_tie(model: Model, one: Request, other: Request) -> bool:
     """Whether both tokens at the place where the texts part are as good as the best."""
-    at = next(i for i, (a, b) in enumerate(zip(one.output, other.output, strict=True)) if a != b)
+    at = next(i for i, (a, b) in enumerate(zip(one.output, other.output, strict=False)) if a != b)
     text = [*one.prompt, *one.output[:at]]
     logits, _ = model(rectangle([text]), rectangle([list(range(len(text)))]), keep=False)
     behind = logits[0].max() - logits[0][torch.tensor([one.output[at], other.output[at]], device=logits.device)]

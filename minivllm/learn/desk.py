@@ -1,7 +1,7 @@
 """Where requests come from and where their tokens go: the same desk for every rung, so that all are measured alike.
 
-A rung takes requests that have arrived, and tells each token as soon as it has it. It knows nothing of clocks. The desk stops
-handing out requests when the rung's time is over, but for the first ones: what was begun is finished, the rest is left out.
+A rung takes requests that have arrived, and tells each token as soon as it has it. It knows nothing of clocks. When the rung's
+time is over, the desk hands out no more requests (but for the first ones); when it is over twice, those that run are cut short.
 """
 
 import time
@@ -18,11 +18,12 @@ class Request:
     arrival_s: float  # since the desk opened
     output: list[int] = field(default_factory=list)
     told_s: list[float] = field(default_factory=list)  # when each of them came, since the desk opened
+    cut: bool = False  # fewer tokens than wanted: the time was over
 
     @property
     def done(self) -> bool:
-        """All tokens are there."""
-        return len(self.output) >= self.num_output
+        """No more tokens are wanted."""
+        return self.cut or len(self.output) >= self.num_output
 
     @property
     def text(self) -> list[int]:
@@ -34,7 +35,7 @@ class Desk:
     """Hands requests out in the order of their arrival, and collects their tokens. Written by the rung that runs."""
 
     def __init__(self, requests: list[Request], max_s: float) -> None:
-        """``max_s``: seconds after which no request is handed out any more."""
+        """``max_s``: seconds after which no request is handed out any more; after as many again, texts are cut short."""
         self._waiting = sorted(requests, key=lambda r: r.arrival_s)[::-1]  # the next one last
         self._max_s = max_s
         self.taken: list[Request] = []
@@ -69,7 +70,8 @@ class Desk:
     def tell(self, request: Request, token: int) -> None:
         """A request's next token."""
         request.output.append(token)
-        request.told_s.append(self._now())
+        request.told_s.append(now := self._now())
+        request.cut = now > 2 * self._max_s and len(request.output) < request.num_output
 
     def _now(self) -> float:
         return time.monotonic() - self.opened_s

@@ -82,9 +82,12 @@ def serve(engine: Engine, desk: Desk, batch_size: int) -> list[StepRecord]:
         for event in message.events:
             if event.error is not None:
                 raise GenerationFailed(event.error)
+            request = open_requests[event.id]
             for token in event.token_ids:
-                desk.tell(open_requests[event.id], token)
-            if event.finish_reason is not None:
+                desk.tell(request, token)
+            if request.cut:
+                engine.abort([request.id])
+            if request.done:
                 del open_requests[event.id]
         if message.record is not None:
             records.append(message.record)

@@ -200,6 +200,7 @@ def _result(rung: Rung, served: Served, roofline: Roofline, agreement: Agreement
         idea=rung.idea,
         options=dict(served.options or {}),
         requests=len(taken),
+        cut=sum(request.cut for request in taken),
         output_tokens=sum(len(r.output) for r in taken),
         needed=_needed(taken),
         recomputed=served.recomputed,

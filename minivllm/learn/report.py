@@ -33,9 +33,10 @@ def remarks(ladder: Ladder) -> tuple[str, ...]:
         if not rung.ran:
             found.append(f"Rung {rung.name} was left out: {rung.left_out}")
         elif rung.requests < ladder.workload.num_requests:
+            cut = f" ({rung.cut} cut short after {2 * ladder.max_rung_s:g} s)" if rung.cut else ""
             found.append(
                 f"Rung {rung.name} took no more requests after {ladder.max_rung_s:g} s: its figures are those of "
-                f"{rung.requests} of {ladder.workload.num_requests}, and waiting times would be longer with all of them."
+                f"{rung.requests} of {ladder.workload.num_requests}{cut}, and waiting times would be longer with all of them."
             )
         if rung.agreement.different:
             found.append(

@@ -38,6 +38,7 @@ class RungResult(msgspec.Struct, frozen=True, kw_only=True):
     left_out: str = ""  # why it was not run
     options: dict[str, Any] = {}  # of the engine
     requests: int = 0  # that were served
+    cut: int = 0  # of these, texts cut short when the rung's time was over twice
     output_tokens: int = 0
     needed: int = 0  # tokens that have to be computed once: prompts, and outputs but for each last token
     recomputed: int = 0  # tokens computed again

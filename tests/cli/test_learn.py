@@ -138,23 +138,28 @@ def test_without_matplotlib_the_page_is_written(
 
 
 def test_a_rung_whose_time_is_over_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["learn", *TINY, "--rungs", "0-2", "--max-rung-seconds", "1e-6", "--output", str(tmp_path)]
+    argv = ["learn", *TINY, "--rungs", "0-4", "--max-rung-seconds", "1e-6", "--output", str(tmp_path)]
     assert main(argv) == 0
-    assert [r.requests for r in read(tmp_path / "ladder.json").rungs] == [1, 1, 2]
+    found = read(tmp_path / "ladder.json").rungs
+    assert [(r.requests, r.output_tokens) for r in found] == [(1, 1), (1, 1), (2, 2), (2, 2), (4, 4)]
+    assert found[2].cut == found[3].cut > 0 < found[4].cut
+    assert all(r.agreement.equal == r.agreement.compared for r in found)
     told = capsys.readouterr()
     assert "(1 of 4 requests, then its time was over)" in told.err
-    assert "Rung 2 took no more requests after 1e-06 s: its figures are those of 2 of 4" in told.out
+    assert "Rung 2 took no more requests after 1e-06 s: its figures are those of 2 of 4 (" in told.out
+    assert "cut short after 2e-06 s" in told.out
 
 
 def test_arrivals_are_waited_for(tmp_path: Path) -> None:
-    argv = ["learn", *TINY, "--rungs", "3,6", "--request-rate", "4", "--rounds", "2", "--output", str(tmp_path)]
+    argv = ["learn", *TINY, "--rungs", "3,6", "--request-rate", "20", "--rounds", "2", "--output", str(tmp_path)]
     assert main(argv) == 0
     found = read(tmp_path / "ladder.json")
     assert found.rounds == 2
     for rung in found.ran:
-        assert rung.requests == 4
-        assert rung.elapsed_s < 3 / 4  # four arrivals take that long; a model of this size does not
-        assert rung.ttft_s.p50 < 1 / 4
+        assert (rung.requests, rung.cut) == (4, 0)
+        assert rung.elapsed_s > 0
+        assert 0 < rung.ttft_s.p50 <= rung.ttft_s.p99
+    assert found.ran[1].agreement.compared == 4
 
 
 @pytest.mark.parametrize(

@@ -99,34 +99,67 @@ def test_the_roofline_takes_the_slower_of_both() -> None:
     assert roof.best(Roofline(50.0, 20.0)) == Roofline(100.0, 20.0)
 
 
+class Clock:
+    """A clock that only sleeping moves. Written by its own ``sleep``, and by tests."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("minivllm.learn.desk.time", clock)
+    return clock
+
+
 def asked(*arrivals_s: float) -> list[Request]:
     return [Request(str(i), (1, 2), 3, s) for i, s in enumerate(arrivals_s)]
 
 
-def test_the_desk_hands_out_in_order_of_arrival() -> None:
-    desk = Desk(asked(0.05, 0.0, 60.0), 600.0)
+def test_the_desk_hands_out_in_order_of_arrival(clock: Clock) -> None:
+    desk = Desk(asked(0.5, 0.0, 60.0), 600.0)
     assert [r.id for r in desk.take(8, wait=False)] == ["1"]
     assert desk.take(0) == []
-    assert [r.id for r in desk.take(8)] == ["0"]  # waits for it, and not for the next
-    assert desk.open
     assert desk.take(8, wait=False) == []
-
-
-def test_the_desk_closes_when_the_time_is_over_but_not_before_the_first() -> None:
-    desk = Desk(asked(0.0, 0.0, 0.0), 1e-9)
+    assert clock.now_s == 100.0
+    assert [r.id for r in desk.take(8)] == ["0"]  # waits for it, and not for the next
+    assert clock.now_s == 100.5
     assert desk.open
-    assert len(desk.take(2)) == 2
+
+
+def test_when_the_time_is_over_no_more_are_handed_out_and_later_texts_are_cut(clock: Clock) -> None:
+    desk = Desk(asked(0.0, 0.0, 0.0), 10.0)
+    clock.sleep(11.0)
+    assert desk.open  # not before the first
+    first, second = desk.take(2)
     assert not desk.open
     assert desk.take(2) == []
+    desk.tell(first, 5)
+    assert not first.done
+    clock.sleep(10.0)
+    desk.tell(first, 6)
+    assert (first.output, first.cut, first.done) == ([5, 6], True, True)
+    second.output = [1, 2]
+    desk.tell(second, 3)
+    assert (second.cut, second.done) == (False, True)  # it has all of its tokens
 
 
-def test_the_desk_times_tokens_without_idle_time() -> None:
-    desk = Desk(asked(0.2), 600.0)
+def test_the_desk_times_tokens_without_idle_time(clock: Clock) -> None:
+    desk = Desk(asked(2.0), 600.0)
+    clock.sleep(0.5)
     (request,) = desk.take(1)
+    clock.sleep(0.25)
     desk.tell(request, 7)
     assert (request.output, request.text, request.done) == ([7], [1, 2, 7], False)
-    assert request.told_s[0] >= 0.2
-    assert 0.0 <= desk.busy_s <= request.told_s[0] - 0.15
+    assert request.told_s == [2.25]
+    assert desk.busy_s == 0.75  # of the 2.25 s, 1.5 were slept
 
 
 def test_the_workload_is_what_was_asked_for() -> None:
