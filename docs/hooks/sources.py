@@ -124,7 +124,8 @@ def shown(root: Path, path: str) -> str:
         rows = [f"* [{p.name}]({path.rpartition('/')[2]}/{p.name}) {_first_line(p)}" for p in inside]
         return "\n".join([f"# {path}/", "", *rows])
     text = (root / path).read_text(encoding="utf-8")
-    return f"{UNSEARCHED}# {path}\n\n~~~~~~{SHOWN.get(Path(path).suffix, 'text')}\n{text}~~~~~~\n"
+    fence = f'~~~~~~{SHOWN.get(Path(path).suffix, "text")} linenums="1"'
+    return f"{UNSEARCHED}# {path}\n\n{fence}\n{text}~~~~~~\n"
 
 
 def _first_line(path: Path) -> str:
