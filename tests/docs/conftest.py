@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,16 +22,24 @@ def sources(repo: Path) -> ModuleType:
     return module
 
 
-def run_mkdocs(config: Path, to: Path) -> subprocess.CompletedProcess[str]:
-    """Build a site; strict: a warning is a failure."""
-    return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(config), "--site-dir", str(to)],
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="session")
+def run_mkdocs() -> Callable[[Path, Path], subprocess.CompletedProcess[str]]:
+    """``run_mkdocs(config, to)`` builds a site; strict: a warning is a failure."""
+
+    def run(config: Path, to: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        return subprocess.run(
+            [*command, "--site-dir", str(to)], env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def site(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(
+    repo: Path, tmp_path_factory: pytest.TempPathFactory, run_mkdocs: Callable[[Path, Path], subprocess.CompletedProcess[str]]
+) -> Path:
     """The folder of the built site."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")

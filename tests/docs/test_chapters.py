@@ -182,7 +182,8 @@ def test_numbers_of_policies(told: dict[int, str]) -> None:
 def test_numbers_of_memory(told: dict[int, str]) -> None:
     records, by_name = run_of(scenes.memory_use)
     assert f"a cache of {records[-1].blocks_total} blocks" in told[11]
-    assert by_name["F"].rows[min(by_name["F"].rows)].cached == 32  # A's two full blocks
+    first = by_name["F"].rows[min(by_name["F"].rows)]
+    assert first.cached == 32 and first.blocks == by_name["A"].rows[0].blocks
     gained = {block for step, row in by_name["E"].rows.items() if step == 31 for block in row.blocks[0]}
     shown = list(frames(records, scenes.BLOCK))
     assert {shown[30].cached[block] for block in gained} == {"B"} and "At step 31" in told[11]

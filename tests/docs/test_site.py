@@ -2,6 +2,8 @@
 
 import posixpath
 import re
+import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +77,30 @@ def test_names_lead_to_their_lines(pages: dict[str, PageParser]) -> None:
     """The life of a request names files; each has a page that shows it."""
     assert "source/minivllm/engine/engine.py/index.html" in pages
     assert any(to.endswith("source/minivllm/engine/engine.py/") for to in pages["architecture/index.html"].links)
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ("[`take`](../pool.py)", None),
+        ("[`give`](../pool.py)", "index.md links to give in pool.py, which does not define it"),
+        ("[a pool](../pond.py)", "contains a link '../pond.py'"),
+    ],
+)
+def test_a_strict_build_sees_a_link_that_went_stale(
+    repo: Path, tmp_path: Path, run_mkdocs: Callable[..., subprocess.CompletedProcess[str]], link: str, said: str | None
+) -> None:
+    pytest.importorskip("mkdocs")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# A page\n\n{link}\n", encoding="utf-8")
+    (tmp_path / "pool.py").write_text("def take():\n    pass\n", encoding="utf-8")
+    hook = repo / "docs" / "hooks" / "sources.py"
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: small\nhooks: [{hook}]\nnav: [index.md]\n", encoding="utf-8")
+    done = run_mkdocs(tmp_path / "mkdocs.yml", tmp_path / "site")
+    if said is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and said in done.stderr
 
 
 SOURCE = '''
