@@ -78,7 +78,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 # Not --quiet: a strict build counts the warnings that it logs. The variable keeps the theme's announcements out of them.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
-	@echo 'The site is in site/: open site/index.html, or python3 -m http.server --directory site'
+	@echo 'The site is in site/; to read it: python3 -m http.server --directory site'
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
