@@ -213,7 +213,9 @@ class ServerConfig:
 class ObserveConfig:
     """What is kept of the steps, for those who want to see them."""
 
-    step_records: Annotated[int, Opt("Records of steps that GET /steps has; 0: it does not answer.", low=0, high=10**6)] = 4096
+    step_records: Annotated[
+        int, Opt("Records of steps that GET /steps has; 0: none, and no explanations.", low=0, high=10**6)
+    ] = 4096
     record_tokens: Annotated[
         bool | None,
         Opt("Tell tokens in records of steps, to all who may read them; none: where there are no API keys.", common=False),

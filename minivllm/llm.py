@@ -103,10 +103,8 @@ class LLM:
         done: dict[str, Completion] = {}
         book = Explanations(self.config.served_names[0], capacity=2**31) if explain else None
         for prompt, params in zip(prompts, each, strict=True):
-            trail = Trail(time.monotonic())
-            with trail.phase("tokenize"):
-                first = self._request(prompt, params)
-            new = len(requests)
+            trail, new = Trail(time.monotonic()), len(requests)
+            first = self._request(prompt, params, trail)
             of_prompt: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
             for i in range(params.n):
                 request = first if i == 0 else self._another(first, i, params.seed)
@@ -115,7 +113,7 @@ class LLM:
                 completion.prompt_logprobs = of_prompt  # the first is told of them, and all have one prompt
                 done[request.id] = completion
             if book is not None:
-                book.open(first.id, requests[new:], trail)
+                book.open(first.id if params.n == 1 else f"{first.id}-all", requests[new:], trail)
         try:
             for request in requests:
                 self.engine.add(request)
@@ -151,7 +149,11 @@ class LLM:
         _extend(completion, output)
         return completion
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerateRequest:
+    def _request(
+        self, prompt: str | Sequence[int], params: SamplingParams, trail: Trail | None = None
+    ) -> GenerateRequest:
+        trail = trail or Trail(time.monotonic())
+        trail.begin("tokenize")
         if isinstance(prompt, int):
             raise InvalidRequest("prompts is a list of texts or of lists of ids; put these ids into one more list.", "prompt")
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
@@ -159,12 +161,15 @@ class LLM:
         params = spell(params, self.tokenizer, self.info.vocab_size, self.config.model.max_logprobs)
         if params.grammar is not None:
             self._check_grammar(params.grammar)
+        params = settle(params, len(ids), self.info.max_model_len, self._seeds.getrandbits(63))
         self._next_id += 1
+        trail.finish()
         return GenerateRequest(
             id=f"local-{self._next_id}",
             prompt_ids=ids,
-            sampling=settle(params, len(ids), self.info.max_model_len, self._seeds.getrandbits(63)),
+            sampling=params,
             arrival_s=time.monotonic(),
+            received_s=trail.received_s,
         )
 
     def _check_grammar(self, grammar: Grammar) -> None:

@@ -17,6 +17,7 @@ from minivllm.observe.explanation import Explanation, Waiting
 from minivllm.observe.recording import Recording
 
 BAR: Final = 40  # characters of a request's whole time
+NAMED: Final = 2  # of those behind whom it waited
 _COLUMNS: Final = ("queue", "prefill", "decode", "preempted")
 
 
@@ -74,7 +75,7 @@ def whole(told: Explanation) -> Iterator[str]:
         before = round(phase.began_s * scale)
         bar = " " * before + "█" * max(1, round(phase.ended_s * scale) - before)
         yield f"  {phase.name:<10}{phase.ended_s - phase.began_s:>9.3f} s  |{bar[:BAR]:<{BAR}}|  from {phase.began_s:.3f} s"
-    yield f"  {'unexplained':<10}{told.unexplained_s:>8.3f} s"
+    yield f"  unexplained{1e3 * told.unexplained_s:>8.3f} ms"
     if told.waits:
         yield "\n  why it waited"
         for wait in told.waits:
@@ -105,6 +106,8 @@ def _mostly(told: Explanation) -> str:
 
 
 def _reason(wait: Waiting) -> str:
-    steps = f", {wait.steps} step{'s' * (wait.steps > 1)}" if wait.steps else ""
-    behind = f", behind {', '.join(wait.behind)}" if wait.behind else ""
+    """A reason in a line; ``--json`` has all of those behind whom it waited."""
+    steps = f" ({wait.steps} step{'s' * (wait.steps > 1)})" if wait.steps else ""
+    more = f" and {len(wait.behind) - NAMED} more" if len(wait.behind) > NAMED else ""
+    behind = f", behind {', '.join(wait.behind[:NAMED])}{more}" if wait.behind else ""
     return f"{wait.reason}: {wait.text}{steps}{behind}"

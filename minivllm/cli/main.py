@@ -20,7 +20,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "bench": ("minivllm.cli.bench", "measure: throughput, latency, serve"),
     "learn": ("minivllm.cli.learn", "one workload on every rung from no cache to the whole engine, measured"),
     "explain": ("minivllm.cli.explain", "say why the requests of a recording took as long as they did"),
-    "trace": ("minivllm.cli.trace", "draw a recording as a trace for Perfetto or Chrome"),
+    "trace": ("minivllm.cli.trace", "draw a recording as a trace for Perfetto"),
     "models": ("minivllm.cli.models", "list the models on this machine, or fetch one"),
 }
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count

@@ -1,4 +1,4 @@
-"""``mini-vllm trace FILE -o trace.json``: a recording as a picture of time, for https://ui.perfetto.dev or chrome://tracing."""
+"""``mini-vllm trace FILE -o trace.json``: a recording as a picture of time, for https://ui.perfetto.dev."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from minivllm.observe.trace import trace_events
 
 def run(argv: Sequence[str]) -> int:
     """Write the trace."""
-    parser = Parser("trace", "Draw a recording (--record-steps) as a trace for Perfetto or Chrome.", "FILE [options]")
+    parser = Parser("trace", "Draw a recording (--record-steps) as a trace in Chrome's format, which Perfetto opens.", "FILE [options]")
     parser.add_argument("file", metavar="FILE", help="recording that mini-vllm serve --record-steps wrote")
     parser.add_argument("-o", "--output", default="trace.json", help="file to write [trace.json]; - is stdout")
     found = parser.read(argv)

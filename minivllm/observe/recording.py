@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 
@@ -53,10 +53,10 @@ class Recorder:
     """Writes a recording. Records are added by one thread; its own thread alone writes the file."""
 
     def __init__(self, path: str | Path, *, flush_s: float = FLUSH_S, most_waiting: int = MOST_WAITING) -> None:
-        """Open the file, in place of what was there. Raises ``InvalidOption`` when it cannot be written."""
+        """Look whether the file can be written; what was there stays until ``begin``. Raises ``InvalidOption``."""
         self._path = Path(path)
         try:
-            self._file: BinaryIO = self._path.open("wb")
+            self._path.open("ab").close()
         except OSError as error:
             raise InvalidOption(
                 f"--record-steps {path} cannot be written ({error.strerror}); name a file in a folder that is there and may be "
@@ -75,6 +75,11 @@ class Recorder:
         self._put(Header(info, model, time.time(), time.monotonic()))
         self._thread.start()
         atexit.register(self.close)  # a daemon thread is not waited for
+
+    @property
+    def thread_ident(self) -> int:
+        """The thread that writes, for whoever measures it; 0 before ``begin``."""
+        return self._thread.ident or 0
 
     def add(self, record: StepRecord) -> None:
         """Record one more. Never waits and never raises ``OSError``."""
@@ -99,7 +104,7 @@ class Recorder:
         """The thread: what has come since the last time, as long as it can be written."""
         packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
         try:
-            with self._file as file:
+            with self._path.open("wb") as file:
                 over = False
                 while not over:
                     over = self._ends.wait(self._flush_s)
@@ -120,7 +125,6 @@ class Recorder:
         if self._thread.is_alive():
             self._thread.join()
         self._on = False
-        self._file.close()
 
 
 class Recording:

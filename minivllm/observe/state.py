@@ -9,6 +9,7 @@ cached. It leaves the cache when somebody is given it, be it for what is in it (
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Final
 
 import msgspec
@@ -126,18 +127,17 @@ class State:
         self._total = record.blocks_total
         for arrival in record.arrived:
             self._arrive(arrival)
-        for i, row in enumerate(record.rows):
+        for row, got in zip(record.rows, outputs or repeat(()), strict=False):
             if (request := requests.get(row.id)) is None:  # it ended while this step, its first, was in flight
                 request = self._arrive(ArrivalRecord(row.id, record.scheduled_s, 0, 0))
                 request.ended = True
             if row.blocks:
                 self._gain(request, row)
-            start, tokens = row.start, request.tokens
-            request.computed = end = start + row.num_tokens
-            if row.tokens and start <= len(tokens) < end:
-                tokens.extend(row.tokens[len(tokens) - start :])
-            if outputs and outputs[i]:
-                tokens.extend(outputs[i])
+            tokens = request.tokens
+            request.computed = end = row.start + row.num_tokens
+            if len(tokens) < end and row.start <= len(tokens):
+                tokens += row.tokens[len(tokens) - row.start :]
+            tokens += got
         for request_id in record.released:
             if (gone := requests.get(request_id)) is not None:
                 self._release(gone)

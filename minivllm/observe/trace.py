@@ -1,4 +1,4 @@
-"""A recording as a trace in Chrome's JSON format, for https://ui.perfetto.dev, chrome://tracing and speedscope.
+"""A recording as a trace in Chrome's JSON format, which https://ui.perfetto.dev opens.
 
 * Process "engine": a slice for each step from its planning to its result, and in it planning, device, collection. With overlap
   a step begins before the one before has ended, so there are as many lanes as steps in flight.

@@ -190,13 +190,16 @@ class Scheduler:
         failed = self._tell_guides(flight, result, events, now) if plan.grammar_rows else False
         live, rows = self._book.live, self._ledger.rows(flight)
         outputs: list[tuple[int, ...]] = [()] * len(flight.entries)
+        told: tuple[_Logprobs, _Logprobs] = ((), ())
+        tells = bool(result.logprobs or result.prompt_logprobs)
         for i, (entry, tokens) in enumerate(zip(flight.entries, result.tokens, strict=True)):
             if live.get(entry.request.uid) is entry.request:
                 before = len(events)
                 try:
-                    found = result.logprobs[i] if result.logprobs else None
-                    of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
-                    told = (() if found is None else (found,), of_prompt)
+                    if tells:
+                        found = result.logprobs[i] if result.logprobs else None
+                        of_prompt = _untold(entry, result.prompt_logprobs[i]) if result.prompt_logprobs else ()
+                        told = (() if found is None else (found,), of_prompt)
                     outputs[i] = self._apply_entry(entry, tokens, now, events, told)
                     if entry.request.failures:
                         self._recovery.went_well(entry.request)

@@ -168,6 +168,9 @@ def test_damage_is_told_where_it_is(tmp_path: Path, bench: Bench) -> None:
 def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match=r"--record-steps .* cannot be written \(No such file or directory\)"):
         Recorder(tmp_path / "nowhere" / "steps")
+    (tmp_path / "steps").write_bytes(b"of another day")
+    Recorder(tmp_path / "steps").close()
+    assert (tmp_path / "steps").read_bytes() == b"of another day", "the engine did not start, say"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")

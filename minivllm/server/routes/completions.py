@@ -58,7 +58,8 @@ async def completions(request: Request) -> Response:
         outputs = [msgspec.structs.replace(output, logprobs=()) for output in outputs]  # only the choice wanted them
     num_told = sum(len(output.prompt_logprobs) for output in outputs)
     telling = _Telling(head, counts, asked, prompts, explain)
-    return json_response(await written(num_told, lambda: _whole((outputs, best), telling)))
+    reply = await written(num_told, lambda: _whole((outputs, best), telling))
+    return json_response(reply if (told := explain()) is None else msgspec.structs.replace(reply, explain=told))
 
 
 async def _echoes(s: Serving, orders: Sequence[Order]) -> list[str]:
@@ -167,10 +168,7 @@ def _whole(made: tuple[Sequence[RequestOutput], Sequence[int]], telling: _Tellin
         text, of_prompt = prompts.echoes[i] + o.text, asked.of_prompt(prompts.ids[i], found)
         ids, prompt_ids = asked.new(o), asked.prompt(i)
         choices.append(CompletionChoice(index, text, logprobs, o.finish_reason, o.stop_reason, ids, prompt_ids, of_prompt))
-    return Completion(
-        id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage(),
-        explain=telling.explain(),
-    )  # fmt: skip
+    return Completion(id=head.id, created=head.created, model=head.model, choices=tuple(choices), usage=counts.usage())
 
 
 class _Script:
