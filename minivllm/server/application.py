@@ -31,7 +31,7 @@ from minivllm.server.keys import Salts, read_keys
 from minivllm.server.limits import BodyLimits
 from minivllm.server.protocol import FORMS
 from minivllm.server.replies import ErrorReply, error_response
-from minivllm.server.routes import chat, completions, health, metrics, models, native, requests, steps, tokenize
+from minivllm.server.routes import chat, completions, health, metrics, models, native, page, requests, steps, tokenize
 from minivllm.server.serving import Serving
 from minivllm.text.reply_parsers import parsers_of
 
@@ -74,6 +74,7 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
     )
     for route in (native, completions, chat, models, tokenize, health, requests):
         app.include_router(route.router)
+    app.include_router(page.router())
     if config.observe.step_records:
         app.include_router(steps.router)
     if config.server.metrics_port is None:
