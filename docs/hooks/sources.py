@@ -31,12 +31,13 @@ FENCE: Final = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$", re.MULTILINE | re.DOTA
 LINK: Final = re.compile(r"(?<!!)\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<to>[^)\s]+)\)")
 MENTION: Final = re.compile(r"(?<![\[`\w])`(?P<path>[a-z_][\w/]*\.(?:py|cpp))`(?![\]`])")
 UNSEARCHED: Final = "---\nsearch:\n  exclude: true\n---\n\n"  # a search is for pages; code would drown them
+IMAGE: Final = re.compile(r'(?P<before><img\b[^>]*\bsrc=")(?P<to>[^"]+)"')  # HTML in Markdown, which mkdocs leaves as it is
 LINE: Final = "__codelineno-0-"  # what pymdownx.highlight calls the lines of a page's first block
 
 
 def place(path: str) -> str:
     """Where a file of the repository stands among the site's sources."""
-    if path.startswith("docs/") and not path.endswith(tuple(SHOWN)):
+    if path.startswith("docs/") and not path.endswith(".py"):  # which mkdocs.yml leaves out
         return path.removeprefix("docs/")
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
 
@@ -97,6 +98,11 @@ class Links:
             done += [self._prose(markdown[at : fence.start()]), fence[0]]
             at = fence.end()
         return "".join([*done, self._prose(markdown[at:])])
+
+    def from_url(self, to: str, url: str) -> str:
+        """A link of the page, as the browser needs it that shows the page at ``url`` of the site."""
+        path = self.target(to)
+        return to if path is None else posixpath.relpath(place(path), url or ".")
 
     def _prose(self, text: str) -> str:
         text = MENTION.sub(self._link_mention, text)
@@ -159,9 +165,10 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Lead the links of a page to the site's own pages."""
     root = Path(config.docs_dir).parent
     path = home(page.file.src_uri)
-    if path.endswith(".md") or (root / path).is_dir():
-        return Links(path, lambda p: (root / p).exists()).rewritten(markdown)
-    return markdown
+    if not path.endswith(".md") and not (root / path).is_dir():
+        return markdown
+    links = Links(path, lambda p: (root / p).exists())
+    return IMAGE.sub(lambda m: f'{m["before"]}{links.from_url(m["to"], page.url)}"', links.rewritten(markdown))
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:

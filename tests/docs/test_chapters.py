@@ -193,7 +193,8 @@ def test_numbers_of_memory(told: dict[int, str]) -> None:
 def test_numbers_of_preemption(told: dict[int, str]) -> None:
     records, by_name = run_of(scenes.too_little_memory)
     life = by_name["C"]
-    assert life.preempted == [23] and "At step 23" in told[12]
+    (given,) = [preemption for record in records for preemption in record.preempted]
+    assert life.preempted == [23] and f"At step 23 {given.by} needs a block" in told[12]
     back = min(step for step in life.rows if step > 23)
     assert f"at step {back} it computes {life.rows[back].num_tokens} tokens at once" in told[12]
     assert f"its {sum(step < 23 for step in life.rows)} tokens of text stay" in told[12]
