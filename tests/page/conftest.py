@@ -18,9 +18,10 @@ OPTIONS = ("--num-gpu-blocks-override", "200", "--max-num-seqs", "16", "--max-nu
 DESKTOP = {"width": 1280, "height": 800}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium. Where it is missing the tests are skipped, but not in continuous integration, which installs it."""
+    """Chromium. Where it is missing the tests are skipped, but not in continuous integration, which installs it. It ends with
+    the file: while Playwright is there, no other test of this process could run an event loop."""
     if chromium_path() is None and os.environ.get("CI") != "true":
         pytest.skip("no chromium is installed; on Debian: apt-get install chromium")
     with chromium() as started:

@@ -80,3 +80,39 @@ def test_hard_records(visit: Callable[..., Any], server: Any, write_recording: C
         box = page.evaluate(counts)
         r = records[at]
         assert (box[0], box[1], box[2] + box[3]) == (r.blocks_free, r.blocks_cached, r.blocks_referenced)
+
+
+def test_a_page_that_comes_later(visit: Callable[..., Any], server: Any) -> None:
+    """It begins with a base, in which requests may have ended whose blocks are let go with the next record."""
+    records = hard_life(0, 1, random.Random(11), 700)
+    state, begins, cut = State(16), None, 0
+    for i, record in enumerate(records):
+        state.apply(record)
+        if begins is None and i > 200 and any(r.ended and r.table for r in state.requests.values()):
+            begins, cut = msgspec.to_builtins(state.snapshot().base()), i + 1
+    assert begins is not None
+    info = {"model": "hard", "block_size": 16, "num_blocks": 26}
+    told = [{"seq": i, **msgspec.to_builtins(r)} for i, r in enumerate(records)]
+    first = {"info": info, "now_s": 0.0, "base": begins, "next": cut}
+    asked: list[str] = []
+
+    def answer(route: Any) -> None:
+        """The history has nothing, the stream all that follows; then the server is gone."""
+        streams = "event-stream" in route.request.headers.get("accept", "")
+        asked.append("stream" if streams else "history")
+        if asked.count("stream") > 1:
+            route.abort()
+        elif streams:
+            events = ("base", first), ("steps", {"steps": told[cut:]})
+            body = "".join(f"event: {name}\ndata: {msgspec.json.encode(value).decode()}\n\n" for name, value in events)
+            route.fulfill(body=body, content_type="text/event-stream")
+        else:
+            route.fulfill(body=msgspec.json.encode({**first, "steps": []}).decode(), content_type="application/json")
+
+    page = visit("about:blank", may_log="net::ERR|Failed to load")
+    page.route("**/steps*", answer)
+    page.goto(server.url)
+    shown(page, len(records) - 1)
+    assert plain(page.evaluate("glass.state")) == plain(msgspec.to_builtins(state.snapshot().base()))
+    open_lanes = page.evaluate("glass.lanes.filter(lane => lane.end === null).map(lane => lane.id)")
+    assert set(open_lanes) == {name for name, r in state.requests.items() if not r.ended}

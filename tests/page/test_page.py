@@ -205,7 +205,8 @@ def test_a_step_and_a_request_are_looked_at_closely(page: Any, eight: list[tuple
     titles = page.eval_on_selector_all("#looked tbody .link[title]", "found => found.map(b => b.title)")
     assert titles[: len(record.rows)] == [row.id for row in record.rows]
     page.locator("#looked tbody .link[title]").first.click()
-    assert record.rows[0].id in page.inner_text("#looked") and "prompt chunks" in page.inner_text("#looked")
+    until(page, "document.querySelector('#looked').textContent.includes('prompt chunks')")
+    assert record.rows[0].id in page.inner_text("#looked")
     page.keyboard.press("Escape")
     assert page.is_visible("#play") and page.evaluate("document.activeElement.id") == "batch"
 
@@ -447,6 +448,8 @@ def test_a_recording_that_was_cut_off_shows_what_is_whole(page: Any, write_recor
         (gzip.compress(msgspec.msgpack.encode(HEADER)), "holds no steps"),
         (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode({"rows": 3})), "is damaged"),
         (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode({"rows": [3]})), "cannot be read"),
+        (gzip.compress(msgspec.msgpack.encode(HEADER) + msgspec.msgpack.encode(made_record(0, "a", freed=[[0, 1]]) | {
+            "rows": [{"id": "a", "start": 0, "num_tokens": 1, "kind": "decode", "blocks": [[2**40]]}]})), "is damaged"),
     ],
 )
 def test_what_is_no_recording_is_said_so(page: Any, tmp_path: Path, content: bytes, problem: str) -> None:
