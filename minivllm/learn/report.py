@@ -86,8 +86,9 @@ def _cost(r: RungResult) -> list[str]:
     c = r.cost
     counts = [f"{n:,}" if n else "" for n in (c.tokens, r.recomputed, c.padding, r.found)]
     cache = [size(n) if n else "" for n in (c.kv_bytes, c.kv_padding_bytes)]
+    operations = f"{c.flops / 1e9:,.0f}" if c.flops >= 1e11 else f"{c.flops / 1e9:.3g}"
     roof = f"{r.predicted_s / r.elapsed_s:.0%}"
-    return [r.name, r.title, *counts, f"{c.flops / 1e9:,.3g}", *cache, f"{r.intensity:.1f}", roof]
+    return [r.name, r.title, *counts, operations, *cache, f"{r.intensity:.1f}", roof]
 
 
 def _plain(head: Sequence[str], rows: list[list[str]]) -> list[str]:
