@@ -16,7 +16,7 @@ def headline(ladder: Ladder) -> tuple[str, ...]:
     kind = "random weights" if f.random else f.architecture
     rounds = f"; of {ladder.rounds} runs of each rung the fastest" if ladder.rounds > 1 else ""
     return (
-        f"{f.name} ({kind}, {f.params / 1e6:,.0f} M parameters, {f.dtype}) on {m.device}, torch {m.torch}.",
+        f"{f.name} ({kind}, {f.params / 1e6:,.3g} M parameters, {f.dtype}) on {m.device}, torch {m.torch}.",
         f"{w.num_requests} requests, {arrival}: {w.prefix_len} tokens of {w.num_prefixes} shared beginnings, then "
         f"about {w.input_len}, and about {w.output_len} to generate (±{w.spread:.0%}); up to {ladder.batch_size} side by "
         f"side{rounds}.",
