@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Of the engine's options, those that all rungs can share.
 SHARED: Final = ("model", "revision", "download_dir", "load_format", "dtype", "seed", "device", "num_threads")
-OUTPUT: Final = "ladder"
+OUTPUT: Final = "ladder"  # the folder's name, and the files'
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,14 +31,14 @@ def run(argv: Sequence[str]) -> int:
         from minivllm.learn.result import read
 
         source = Path(found.source)
-        ladder, folder = read(source), Path(found.output) if found.output else source.parent
+        ladder, folder, stem = read(source), Path(found.output) if found.output else source.parent, source.stem
     else:
-        folder = Path(found.output or OUTPUT)
+        folder, stem = Path(found.output or OUTPUT), OUTPUT
         ladder = _climb(found, folder)
     from minivllm.learn.report import markdown, table
 
     sys.stdout.write((markdown(ladder) if found.markdown else table(ladder)) + "\n")
-    _draw(ladder, folder)
+    _draw(ladder, folder, stem)
     return 0
 
 
@@ -98,22 +98,22 @@ def _climb(found: argparse.Namespace, folder: Path) -> "Ladder":
 
     settings = Settings(found.batch_size, found.chunk_tokens, found.max_rung_seconds, found.rounds)
     ladder = run(shared, workload, settings, rungs, lambda line: print(line, file=sys.stderr, flush=True))
-    write(ladder, folder / "ladder.json")
+    write(ladder, folder / f"{OUTPUT}.json")
     return ladder
 
 
-def _draw(ladder: "Ladder", folder: Path) -> None:
+def _draw(ladder: "Ladder", folder: Path, stem: str) -> None:
     """Write the page and, if that can be had, the picture."""
     from minivllm.learn.page import page
     from minivllm.learn.result import write_file
 
-    write_file(folder / "ladder.html", page(ladder).encode())
-    written = "ladder.json, ladder.html"
+    write_file(folder / f"{stem}.html", page(ladder).encode())
+    written = f"{stem}.html"
     try:
         from minivllm.learn.picture import draw
     except ImportError:
-        sys.stderr.write("There is no ladder.png: matplotlib is not installed (pip install 'mini-vllm[learn]').\n")
+        sys.stderr.write(f"There is no {stem}.png: matplotlib is not installed (pip install 'mini-vllm[learn]').\n")
     else:
-        draw(ladder, folder / "ladder.png")
-        written += ", ladder.png"
+        draw(ladder, folder / f"{stem}.png")
+        written += f", {stem}.png"
     sys.stderr.write(f"{folder}: {written}\n")

@@ -82,13 +82,14 @@ def serve(engine: Engine, desk: Desk, batch_size: int) -> list[StepRecord]:
         for event in message.events:
             if event.error is not None:
                 raise GenerationFailed(event.error)
-            request = open_requests[event.id]
+            if (told := open_requests.get(event.id)) is None:
+                continue  # cut short
             for token in event.token_ids:
-                desk.tell(request, token)
-            if request.cut:
-                engine.abort([request.id])
-            if request.done:
-                del open_requests[event.id]
+                desk.tell(told, token)
+            if told.cut:
+                engine.abort([told.id])
+            if told.done:
+                del open_requests[told.id]
         if message.record is not None:
             records.append(message.record)
     return records

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minivllm.config import Config, make_config
+from minivllm.errors import NotEnoughMemory
 from minivllm.learn import engine_rungs
 from minivllm.learn.agreement import compare
 from minivllm.learn.arithmetic import Cost, total
@@ -31,6 +32,7 @@ from minivllm.models.spec import ModelSpec
 from minivllm.runner.choose import num_cores
 
 LEAST_STEP_TOKENS = 2048  # of the rungs without chunks: several whole prompts
+NO_ROOM = "It did not fit into the device's memory; lower --batch-size or the lengths."
 NO_GRAPHS = "CUDA graphs need a GPU, and this ran on a CPU."
 
 
@@ -127,7 +129,14 @@ class _Run:
         """Run a rung once; a sentence where this machine cannot show it."""
         if rung.name == "7" and self.model.device.type != "cuda":
             return NO_GRAPHS
-        return self._plain(rung) if rung.name in PLAIN else self._engine(rung)
+        try:
+            return self._plain(rung) if rung.name in PLAIN else self._engine(rung)
+        except (torch.OutOfMemoryError, NotEnoughMemory):
+            return NO_ROOM
+        finally:
+            gc.collect()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _desk(self) -> Desk:
         return Desk(self.workload.requests(self.spec.vocab_size, self.avoid), self.settings.max_rung_s)
@@ -164,15 +173,13 @@ class _Run:
         desk = self._desk()
         records = engine_rungs.serve(engine, desk, self.settings.batch_size)
         run = engine_rungs.measured(records, self.model.meter.sizes, notes)
-        del engine
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
         return Served(desk.taken, desk.busy_s, run.costs, run.recomputed, run.found, options, notes)
 
     def _machine(self, roofline: Roofline) -> Machine:
         device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {self.threads} threads"
+        plural = "s" if self.threads > 1 else ""
+        cpu = f"{_cpu_name()}, {self.threads} thread{plural}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         return Machine(name, self.threads, str(torch.__version__), roofline.flops_per_s, roofline.bytes_per_s)
 
     def _facts(self) -> ModelFacts:

@@ -16,12 +16,11 @@ class Meter:
         self.sizes = sizes
         self.costs: list[Cost] = []
 
-    def call(self, mask: Sequence[Sequence[bool]], width: int, *, kept: bool) -> None:
-        """One call: ``mask`` says of each row's columns, old and new, which hold a token; the last ``width`` are new. Where K
-        and V are ``kept``, joining old and new columns copies the old ones."""
-        s, num_rows, columns = self.sizes, len(mask), len(mask[0])
-        past, tokens = columns - width, len(mask) * width
-        real = [(sum(row[:past]), sum(row[past:])) for row in mask]
+    def call(self, real: Sequence[tuple[int, int]], past: int, width: int, *, kept: bool) -> None:
+        """One call: ``real`` says of each row how many of its ``past`` old columns and of its ``width`` new ones hold a token.
+        Where K and V are ``kept``, joining old and new columns copies the old ones."""
+        s, num_rows, columns = self.sizes, len(real), past + width
+        tokens = num_rows * width
         useful = [(old, new) for old, new in real if new]  # a row without a new token is carried along for nothing
         padding = tokens - sum(new for _, new in useful)
         lost_old = num_rows * past - sum(old for old, _ in useful)

@@ -52,12 +52,13 @@ class Model:
     ) -> tuple[Tensor, KV]:
         """``ids`` and ``positions`` [rows, width], ``mask`` [rows, columns of past + width] (none: every column holds a token).
         Return logits [rows, vocab] float32 of each row's last token, and keys and values of all columns."""
-        columns = ids.shape[1] + (past[0][0].shape[2] if past else 0)
+        (rows, width), num_past = ids.shape, past[0][0].shape[2] if past else 0
         if mask is None:
-            mask = torch.ones(ids.shape[0], columns, dtype=torch.bool)
-        self.meter.call(mask.tolist(), ids.shape[1], kept=keep)
+            mask = torch.ones(rows, num_past + width, dtype=torch.bool)
+        real = torch.stack((mask[:, :num_past].sum(1), mask[:, num_past:].sum(1)), dim=1).tolist()
+        self.meter.call(real, num_past, width, kept=keep)
         ids, positions, mask = (t.to(self.device) for t in (ids, positions, mask))
-        x = self.decoder.embedding(ids.flatten()).view(*ids.shape, -1)  # [rows, width, hidden]
+        x = self.decoder.embedding(ids.flatten()).view(rows, width, -1)  # [rows, width, hidden]
         if self.decoder.positions is not None:
             x = x + self.decoder.positions(positions.flatten()).view(x.shape)
         angles = None if self.decoder.rope is None else self.decoder.rope(positions.flatten())

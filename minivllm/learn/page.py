@@ -19,12 +19,12 @@ STYLE = """
   } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--page); color:var(--ink); font:16px/1.55 system-ui,sans-serif }
-main { max-width:940px; margin:0 auto; padding:40px 20px 64px }
+main { max-width:1040px; margin:0 auto; padding:40px 20px 64px }
 h1 { font-size:2.1rem; margin:0 0 8px; letter-spacing:-.02em } h2 { font-size:1.15rem; margin:0 0 2px } p { margin:0 0 6px }
 .soft { color:var(--soft) } .lead { margin-bottom:28px; max-width:76ch }
 section { background:var(--card); border:1px solid var(--rule); border-radius:14px; padding:22px 24px; margin:18px 0 }
 section>p.soft { font-size:.92rem; margin-bottom:12px; max-width:84ch } .wide { overflow-x:auto }
-svg { display:block; width:100%; min-width:640px; height:auto; font-size:13px } svg text { fill:var(--ink) }
+svg { display:block; width:100%; min-width:580px; height:auto; font-size:13px } svg text { fill:var(--ink) }
 svg .soft { fill:var(--soft) } svg .small { font-size:11.5px; fill:var(--soft) } svg .strong { font-weight:600 }
 .grid { stroke:var(--rule) } .span { stroke:var(--first); stroke-width:5; stroke-linecap:round; opacity:.35 }
 .span2 { stroke:var(--next); stroke-width:5; stroke-linecap:round; opacity:.35 }
@@ -53,7 +53,7 @@ def page(ladder: Ladder) -> str:
         _section("Under the roof", _ROOF, _roof(ladder), _keys(("plain", "small programs"), ("engine", "the engine"))),
         f"<section><h2>Why each step is one</h2><ol>{_steps(ladder)}</ol></section>",
         f'<section><h2>All figures</h2><div class="wide">{_table(GAVE, gave_rows(ladder))}</div><br>'
-        f'<div class="wide">{_table(COST, cost_rows(ladder))}</div>{notes}</section>',
+        f'<div class="wide">{_table(COST, cost_rows(ladder))}</div><br>{notes}</section>',
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

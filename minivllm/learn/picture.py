@@ -69,7 +69,7 @@ def _rate(axis: Any, ladder: Ladder) -> None:
             step = ups[rung.name]
             place = step.below.tokens_per_s * step.predicted
             axis.plot(place, i, "o", mfc="white", mec=INK, ms=7, mew=1.6)
-            end = max(end, place * 1.05) if place < end * 1.6 else end
+            end = max(end, place * 1.05) if end / 1.05 < place < end * 2 else end
             axis.text(high * 4.4, i, ratio(step.measured), ha="right", va="center", color=SOFT)
         axis.text(end * 1.07, i, f"{rung.tokens_per_s:,.1f}", va="center", fontweight="bold")
     axis.text(high * 4.4, -0.75, "step up", ha="right", va="center", color=SOFT, fontsize=9)

@@ -17,4 +17,4 @@ def rectangle(rows: list[list[int]]) -> Tensor:
 
 def places(lengths: list[int], columns: int) -> Tensor:
     """The mask of rows that are padded on the left: which of ``columns`` hold a token. [rows, columns]."""
-    return torch.tensor([[False] * (columns - n) + [True] * n for n in lengths])
+    return torch.arange(columns) >= columns - torch.tensor(lengths)[:, None]

@@ -16,7 +16,7 @@ def headline(ladder: Ladder) -> tuple[str, ...]:
     kind = "random weights" if f.random else f.architecture
     rounds = f"; of {ladder.rounds} runs of each rung the fastest" if ladder.rounds > 1 else ""
     return (
-        f"{f.name} ({kind}, {f.params / 1e6:,.0f} M parameters, {f.dtype}) on {m.device}, torch {m.torch}.",
+        f"{f.name} ({kind}, {f.params / 1e6:,.3g} M parameters, {f.dtype}) on {m.device}, torch {m.torch}.",
         f"{w.num_requests} requests, {arrival}: {w.prefix_len} tokens of {w.num_prefixes} shared beginnings, then "
         f"about {w.input_len}, and about {w.output_len} to generate (±{w.spread:.0%}); up to {ladder.batch_size} side by "
         f"side{rounds}.",
@@ -86,8 +86,9 @@ def _cost(r: RungResult) -> list[str]:
     c = r.cost
     counts = [f"{n:,}" if n else "" for n in (c.tokens, r.recomputed, c.padding, r.found)]
     cache = [size(n) if n else "" for n in (c.kv_bytes, c.kv_padding_bytes)]
+    operations = f"{c.flops / 1e9:,.0f}" if c.flops >= 1e11 else f"{c.flops / 1e9:.3g}"
     roof = f"{r.predicted_s / r.elapsed_s:.0%}"
-    return [r.name, r.title, *counts, f"{c.flops / 1e9:,.3g}", *cache, f"{r.intensity:.1f}", roof]
+    return [r.name, r.title, *counts, operations, *cache, f"{r.intensity:.1f}", roof]
 
 
 def _plain(head: Sequence[str], rows: list[list[str]]) -> list[str]:

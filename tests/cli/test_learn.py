@@ -162,6 +162,19 @@ def test_arrivals_are_waited_for(tmp_path: Path) -> None:
     assert found.ran[1].agreement.compared == 4
 
 
+def test_a_rung_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("minivllm.learn.rung2.serve", too_large)
+    assert main(["learn", *TINY, "--rungs", "1-3", "--output", str(tmp_path)]) == 0
+    found = read(tmp_path / "ladder.json")
+    assert [(r.name, r.ran) for r in found.rungs] == [("1", True), ("2", False), ("3", True)]
+    assert "lower --batch-size" in found.rungs[1].left_out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -40,20 +40,20 @@ def test_a_window_bounds_what_a_token_sees() -> None:
 
 def test_a_prompt_of_the_plain_model() -> None:
     meter = Meter(SIZES)
-    meter.call([[True] * 3], 3, kept=True)
+    meter.call([(0, 3)], 0, 3, kept=True)
     # A plain product computes 3 x 3 pairs, whatever the mask hides. K and V of 3 tokens are written and read.
     assert meter.costs == [Cost(1, 3, 0, 2 * (200 * 3 + 50) + 8 * 2 * 9, 1000, 6 * 12, 0)]
 
 
 def test_what_is_not_kept_moves_no_cache() -> None:
     meter = Meter(SIZES)
-    meter.call([[True] * 3], 3, kept=False)
+    meter.call([(0, 3)], 0, 3, kept=False)
     assert (meter.costs[0].kv_bytes, meter.costs[0].kv_padding_bytes) == (0, 0)
 
 
 def test_a_padded_prompt() -> None:
     meter = Meter(SIZES)
-    meter.call([[True] * 4, [False, False, False, True]], 4, kept=True)
+    meter.call([(0, 4), (0, 1)], 0, 4, kept=True)
     cost = meter.costs[0]
     assert (cost.tokens, cost.padding) == (8, 3)
     assert cost.flops == 2 * (200 * 8 + 50 * 2) + 8 * 2 * 8 * 4
@@ -62,7 +62,7 @@ def test_a_padded_prompt() -> None:
 
 def test_a_step_of_a_padded_batch() -> None:
     meter = Meter(SIZES)
-    meter.call([[True, True, True, True], [False, False, True, True]], 1, kept=True)
+    meter.call([(3, 1), (1, 1)], 3, 1, kept=True)
     cost = meter.costs[0]
     assert (cost.tokens, cost.padding) == (2, 0)
     # 2 x 3 old columns are read and written elsewhere, 2 new ones written, 2 x 4 read; 2 old ones are padding in each.
@@ -71,7 +71,7 @@ def test_a_step_of_a_padded_batch() -> None:
 
 def test_a_finished_row_is_padding_as_a_whole() -> None:
     meter = Meter(SIZES)
-    meter.call([[True, True, True], [True, True, False]], 1, kept=True)
+    meter.call([(2, 1), (2, 0)], 2, 1, kept=True)
     cost = meter.costs[0]
     assert (cost.tokens, cost.padding) == (2, 1)
     # Moved: 2 x 2 x 2 copied, 2 written, 2 x 3 read. For nothing: its 2 old columns three times, its new one twice.

@@ -146,3 +146,30 @@ def test_the_ladder_runs_without_transformers(repo: Path) -> None:
 def test_a_server_does_not_load_the_ladder(repo: Path) -> None:
     found = modules_after("import minivllm.cli.serve, minivllm.server.application, minivllm.engine.process", repo)
     assert [name for name in found if name.startswith("minivllm.learn")] == []
+
+
+# --------------------------------------------------------------------------------------------------- what the model counts
+
+
+def test_the_model_counts_what_its_mask_hides(folder_of: Callable[[str], Path]) -> None:
+    model = load_model(make_config(model=str(folder_of("gpt2")), dtype="float32", num_threads=1), 32)
+    _, cache = model(rectangle([[5, 6, 7], [8]]), rectangle([[0, 1, 2], [0]]), mask=places([3, 1], 3))
+    model(rectangle([[9], [9]]), rectangle([[3], [1]]), cache, torch.tensor([[True] * 4, [False, False, True, False]]))
+    prompt, step = model.meter.costs
+    assert (prompt.tokens, prompt.padding) == (6, 2)
+    assert (step.tokens, step.padding) == (2, 1)  # the second row has ended
+    per_token = 3 * 2 * 64 * 4
+    assert step.kv_bytes == (2 * 6 + 2 + 8) * per_token
+    assert step.kv_padding_bytes == (2 * 3 + 1 + 3 + 1) * per_token
+
+
+def test_an_empty_column_changes_nothing(folder_of: Callable[[str], Path]) -> None:
+    model = load_model(make_config(model=str(folder_of("llama-gqa")), dtype="float32", num_threads=1), 32)
+    alone, _ = model(rectangle([[8, 9]]), rectangle([[0, 1]]))
+    logits = [
+        model(rectangle([[5, 6, 7, 4], [filler, filler, 8, 9]]), rectangle([[0, 1, 2, 3], [filler, 0, 0, 1]]), mask=mask)[0][1]
+        for filler, mask in ((0, places([4, 2], 4)), (30, places([4, 2], 4)), (0, None))
+    ]
+    torch.testing.assert_close(logits[0], alone[0])
+    assert torch.equal(logits[0], logits[1])  # whatever stands there
+    assert not torch.allclose(logits[2], alone[0])  # without a mask it is seen
