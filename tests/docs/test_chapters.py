@@ -151,6 +151,19 @@ def test_numbers_of_the_prefix_cache(told: dict[int, str]) -> None:
         assert words.format(by_name[name].num_prompt, first.num_tokens) in told[5]
 
 
+def test_numbers_of_the_ladder(told: dict[int, str], repo: Path) -> None:
+    """Counts alone: how fast it was is the ladder's own page to say."""
+    measured = json.loads((repo / "docs" / "learn" / "ladder-bundled.json").read_text(encoding="utf-8"))["rungs"]
+    cost = {rung["name"]: rung["cost"] for rung in measured}
+    moved = [f"{cost[rung]['kv_bytes'] / 1e9:.3g} GB" for rung in ("3", "4")]
+    assert f"rung 3 move {moved[0]} through memory, the blocks of rung 4 {moved[1]}," in told[4]
+    found = next(rung["found"] for rung in measured if rung["name"] == "5")
+    assert f"{cost['4k']['tokens']:,} tokens {found:,} are found, and {cost['5']['tokens']:,} are left" in told[5]
+    assert cost["4k"]["tokens"] - found == cost["5"]["tokens"]
+    waited = {rung["name"]: rung["ttft_s"]["p50"] for rung in measured}
+    assert f"after {waited['3']:.0f} s instead of {waited['2']:.0f}" in told[3]
+
+
 def test_numbers_of_chunks(told: dict[int, str]) -> None:
     whole, _ = run_of(scenes.long_prompt, 256)
     chunked, by_name = run_of(scenes.long_prompt, 32)
