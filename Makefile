@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: help install serve generate chat bench bench-cpu bench-gpu test test-gpu lint clean
+.PHONY: help install serve generate chat bench bench-cpu bench-gpu docs test test-gpu lint clean
 
 help:
 	@echo 'make serve     serve the bundled model on 127.0.0.1:8000   ARGS="--port 8123" passes options on'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench-cpu compare with other engines on the CPU       ARGS="--llama-cpp FOLDER --rounds 1"'
 	@echo 'make bench-gpu measure one NVIDIA GPU, two model shapes    ARGS="--model A"'
 	@echo 'make test-gpu  run the tests of GPU kernels on a GPU'
+	@echo 'make docs      build the pages of docs/ as a site in site/'
 	@echo 'make test      install what tests need, run them all       ARGS="tests/scheduler -x" runs fewer'
 	@echo 'make lint      ruff and mypy only'
 	@echo 'make clean     remove the installation and caches'
@@ -70,6 +71,15 @@ bench-cpu: $(VENV)/.installed-bench
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
+# Not --quiet: a strict build counts the warnings that it logs. The variable keeps the theme's announcements out of them.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo 'The site is in site/; to read it: python3 -m http.server --directory site'
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -85,4 +95,4 @@ test-gpu: $(VENV)/.installed-test
 	MINIVLLM_TEST_GPU=1 $(BIN)/python -m pytest -n 8 $(GPU_TESTS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

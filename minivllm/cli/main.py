@@ -18,6 +18,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "generate": ("minivllm.cli.generate", "complete prompts from arguments, a file or stdin, as JSONL"),
     "chat": ("minivllm.cli.chat", "talk to a model in the terminal"),
     "bench": ("minivllm.cli.bench", "measure: throughput, latency, serve"),
+    "learn": ("minivllm.cli.learn", "one workload on every rung from no cache to the whole engine, measured"),
     "explain": ("minivllm.cli.explain", "say why the requests of a recording took as long as they did"),
     "trace": ("minivllm.cli.trace", "draw a recording as a trace for Perfetto"),
     "models": ("minivllm.cli.models", "list the models on this machine, or fetch one"),

@@ -8,30 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gap_rule import float64_gaps, near_ties
 from parity_lab import CASES, NUM_PROMPTS, five_ways, make_prompts
 from tiny_models import SMALL
 from transformers import AutoModelForCausalLM
-
-GAP = 5e-4  # of logits whose spread is several units: a little above float32 rounding, far below a real difference
-
-
-def float64_gaps(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> tuple[list[int], list[float]]:
-    """The reference's greedy choice after each prefix of prompt + tokens, and how far the second best is behind."""
-    ids = torch.tensor([prompt + tokens])
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].double()  # [new tokens, vocab]
-    best = logits.topk(2, dim=-1)
-    return best.indices[:, 0].tolist(), (best.values[:, 0] - best.values[:, 1]).tolist()
-
-
-def near_ties(name: str, ours: list[int], reference: tuple[list[int], list[float]]) -> list[tuple[str, int]]:
-    """Positions where our token is not the reference's best; fails where that is more than a near-tie."""
-    ties = []
-    for position, (token, best, gap) in enumerate(zip(ours, *reference, strict=True)):
-        if token != best:
-            assert gap < GAP, f"{name}: token {position} is {token}, the reference says {best} by {gap:.4f}"
-            ties.append((name, position))
-    return ties
 
 
 def check_every_way(folder: Path, prompts: list[list[int]], kernels: str) -> None:
