@@ -17,6 +17,16 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
+def send_with_the_key(page: Any) -> None:
+    """Enter the key, and have an answer."""
+    page.fill("#key", "open-sesame")
+    page.keyboard.press("Enter")
+    live(page)
+    page.click("#send")
+    until(page, "document.querySelector('#talk .text')?.textContent.length > 10")
+    wait_idle(page)
+
+
 def test_it_asks_for_a_key(visit: Callable[..., Any], locked: LiveServer) -> None:
     page = visit(locked.url, may_log="status of 401")
     page.wait_for_selector("#key-form:not([hidden])")
@@ -31,12 +41,7 @@ def test_it_asks_for_a_key(visit: Callable[..., Any], locked: LiveServer) -> Non
     page.click("#send")
     page.wait_for_selector("#problem:not([hidden])")
     assert page.inner_text("#problem") == "The server does not know this API key; enter another one above."
-    page.fill("#key", "open-sesame")
-    page.keyboard.press("Enter")
-    live(page)
-    page.click("#send")
-    until(page, "document.querySelector('#talk .text')?.textContent.length > 10")
-    wait_idle(page)
+    send_with_the_key(page)
     assert page.is_hidden("#problem") and page.is_hidden("#key-form") and page.input_value("#key") == ""
     assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     other = visit(locked.url, may_log="status of 401")  # another tab knows nothing of it
@@ -46,12 +51,7 @@ def test_it_asks_for_a_key(visit: Callable[..., Any], locked: LiveServer) -> Non
 def test_prompts_are_not_told(visit: Callable[..., Any], locked: LiveServer) -> None:
     page = visit(locked.url, may_log="status of 401")
     page.wait_for_selector("#key-form:not([hidden])")
-    page.fill("#key", "open-sesame")
-    page.keyboard.press("Enter")
-    live(page)
-    page.click("#send")
-    until(page, "document.querySelector('#talk .text')?.textContent.length > 10")
-    wait_idle(page)
+    send_with_the_key(page)
     assert page.evaluate("glass.records.some(r => r.rows.length)")
     assert not page.evaluate("glass.records.some(r => r.outputs.length || r.rows.some(row => row.tokens.length))")
     assert page.evaluate("glass.state.blocks.cached.length") > 0
