@@ -203,7 +203,7 @@ def test_another_engine_is_a_phase_of_its_own() -> None:
             "received", "tokenize", "admit", "queue", "prefill", "decode", "restart", "queue", "prefill", "decode", "deliver"
         ]  # fmt: skip
         away_s = told["phases"][6]["ended_s"] - told["phases"][6]["began_s"]
-        assert away_s > 0.05 and told["unexplained_s"] < away_s
+        assert away_s > 0 and told["unexplained_s"] < told["total_s"] - away_s
         fresh = ask(live, prompt="The", max_tokens=2)["explain"]
         check(fresh)
         assert "restart" not in names(fresh)

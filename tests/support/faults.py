@@ -110,7 +110,7 @@ POINTS = (
     Point("render", "minivllm.text.helper:Helpers.render", lambda k, _, messages, **more: _marked(messages)),
     Point("tokenise", "minivllm.text.tokenizer:Tokenizer.encode", lambda k, _, text, *rest, **more: _marked(text)),
     Point("tokenise", "minivllm.text.tokenizer:Tokenizer.encode_chat", lambda k, _, text, *rest, **more: _marked(text)),
-    Point("admit", "minivllm.async_llm:AsyncLLM._accept", lambda k, _, order, others: {order.sampling.seed}),
+    Point("admit", "minivllm.async_llm:AsyncLLM._accept", lambda k, _, order, *rest: {order.sampling.seed}),
     Point("admit", "minivllm.text.outputs:OutputProcessor.add", lambda k, _, name, ids, sampling, *rest: {sampling.seed}),
     Point("admit", "minivllm.engine.client:LocalClient.add", lambda k, _, request: {request.sampling.seed}),
     Point("admit", "minivllm.engine.engine:Engine._add", lambda k, _, request: {request.sampling.seed}),
