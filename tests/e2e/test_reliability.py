@@ -21,9 +21,9 @@ def table(rows: list[tuple[str, object]]) -> dict[str, object]:
 
 def test_disconnects_give_their_blocks_back_within_two_steps(benchmark: Any) -> None:
     disconnects = benchmark("disconnects")
-    rows, broken = disconnects.run(60, 12, 1)
+    rows, broken = disconnects.run(150, 12, 1)  # of 60, sometimes none leaves during its prefill
     assert broken == []
-    assert int(str(table(rows)["sequences aborted"])) >= 60
+    assert int(str(table(rows)["sequences aborted"])) >= 150
 
 
 def test_slow_readers_hold_no_blocks_and_get_their_whole_text(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,8 @@ def test_a_reader_that_falls_behind_begins_anew(start: Callable[..., Live], unti
 def test_streams_end_with_their_readers_and_hold_up_no_stop(start: Callable[..., Live], until: Until) -> None:
     live = start(shutdown_timeout_s=60.0)
     with httpx.stream("GET", live.url + "/steps?stream=true") as stream:
-        next(events(stream))
+        told = events(stream)  # kept: with its reader gone the stream would end
+        next(told)
         assert len(live.server._state.tasks) == 1
     until(lambda: not live.server._state.tasks)
     socks = [ask_and_not_read(live) for _ in range(3)]
