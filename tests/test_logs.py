@@ -92,6 +92,7 @@ def test_nobody_writes_into_the_log_of_a_server(
                 client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "stream": True})
     finally:
         live.end()
+    assert live.exit_code == 0
     written = [line for line in stream.getvalue().split("\n") if line]
     assert len(written) > len(texts)
     assert not [line for line in written if line.startswith(FORGED[:10]) or not line.isprintable()]

@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -175,7 +176,8 @@ async def _until_stopped(server: Server, llm: "AsyncLLM", pump: "asyncio.Task[No
     while not stopping.done() and not pump.done() and llm.alive:
         await asyncio.wait({stopping, pump}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
         server.tick()
-        faulthandler.dump_traceback_later(STUCK_S)  # unless this loop turns before: then it is put off again
+        if sys.__stderr__ is not None:  # the process's own: who embeds a server may have put anything in its place
+            faulthandler.dump_traceback_later(STUCK_S, file=sys.__stderr__)  # unless this loop turns before
         if loop.time() >= next_line_s:
             next_line_s += LOG_EVERY_S
             line, busy = llm.metrics.log_line()

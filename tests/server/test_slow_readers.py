@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable
 
 import httpx
@@ -63,9 +64,16 @@ def test_every_choice_of_a_stalled_stream_is_paused(live: Live, until: Until) ->
     until(lambda: live.app.state.serving.admission.requests == 0)
 
 
-def test_a_reader_that_reads_is_never_paused(live: Live) -> None:
-    reply = httpx.post(f"{live.url}/v1/completions", json=ENDLESS, timeout=60)
-    assert reply.text.endswith("data: [DONE]\n\n")
+def test_a_slow_reader_that_goes_on_reading_is_never_paused(start: Callable[..., Live]) -> None:
+    live = start(slow_reader_pause_s=1.0, context=2**16)
+    sock = ask_and_not_read(live)
+    reply, read_s = b"", 0.0
+    while part := sock.recv(2048):
+        reply += part
+        time.sleep(0.05)  # the stream's buffers are full all the while, but never for long
+        read_s += 0.05
+    assert reply.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert read_s > live.config.server.slow_reader_pause_s  # in all, longer than a reader may stand still
     assert live.client.paused == []
 
 
