@@ -127,11 +127,33 @@ def unchunked(reply: bytes) -> bytes:
     return b"".join(out)
 
 
+def stall(server: Server, sizes: Sizes) -> tuple[list[socket.socket], dict[str, float]]:
+    """Streams that nobody reads, and the server's metrics once each of them is paused."""
+    socks = [ask_and_not_read(server.port, PATH, long_request(i)) for i in range(sizes.stalled)]
+    return socks, server.wait_for(300, paused_requests=sizes.stalled, active_requests=0, waiting_requests=0)
+
+
+def bytes_each(sizes: Sizes) -> float:
+    """Memory of the server for a stalled stream; of one that keeps no records of steps, which are a ring for all of them."""
+    with serve(*options(sizes), "--step-records", "0") as server:
+        asyncio.run(whole_texts(server, range(min(STORIES, sizes.stalled))))
+        rounds = Rounds()
+        for _ in range(3):
+            rounds.read(server, sizes)
+        server.wait_idle()
+        before = server.memory_bytes()
+        socks, _ = stall(server, sizes)
+        rounds.read(server, sizes)
+        each = (server.memory_bytes() - before) / sizes.stalled
+        for sock in socks:
+            sock.close()
+    return each
 
 
 def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
     """The table, and what is broken."""
     broken: list[str] = []
+    each = bytes_each(sizes)
     with serve(*options(sizes)) as server:
         texts = asyncio.run(whole_texts(server, range(min(STORIES, sizes.stalled))))
         alone, beside = Rounds(), Rounds()
@@ -139,9 +161,8 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
             alone.read(server, sizes)
         server.wait_idle()
         before = server.memory_bytes()
-        socks = [ask_and_not_read(server.port, PATH, long_request(i)) for i in range(sizes.stalled)]
         began = time.monotonic()
-        stalled = server.wait_for(300, paused_requests=sizes.stalled, active_requests=0, waiting_requests=0)
+        socks, stalled = stall(server, sizes)
         stalled_s = time.monotonic() - began
         if stalled["kv_cache_usage"]:
             broken.append(f"paused streams hold {stalled['kv_cache_usage']:.0%} of the KV cache")
@@ -159,7 +180,6 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
         same = [texts_of(body) == texts[i % STORIES] and body.endswith(b"data: [DONE]\n\n") for i, body in enumerate(bodies)]
         for sock in socks:
             sock.close()
-    each = (memory - before) / sizes.stalled
     ratio = min(beside.itl_s) / min(alone.itl_s)  # of the rounds that other programs disturbed least
     if each + 2 * SEND_BUFFER_BYTES > MOST_BYTES:
         broken.append(f"a stalled stream costs {(each + 2 * SEND_BUFFER_BYTES) / 1024:.0f} KiB")
@@ -169,6 +189,7 @@ def measure(sizes: Sizes) -> tuple[list[tuple[str, object]], list[str]]:
         ("streams that stalled and were paused", f"{sizes.stalled}, {stalled_s:.0f} s after they began"),
         ("KV blocks they held then", f"{stalled['kv_cache_usage']:.1%}"),
         ("server memory each, KiB", f"{each / 1024:.1f}, and at most {2 * SEND_BUFFER_BYTES // 1024} in the kernel"),
+        ("MiB of all, records of steps and all else meanwhile", f"{(memory - before) / 2**20:.1f}"),
         ("whole texts when they were read", f"{same.count(True)} of {len(same)}"),
         ("others' ITL alone, ms: best round, median; CPU time a token, ms", alone.told),
         ("others' ITL beside them", beside.told),

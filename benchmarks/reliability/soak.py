@@ -211,8 +211,8 @@ async def idle_moment(server: Server, found: Found, expected: list[bytes]) -> di
     if metrics["engine_restarts"]:
         found.broken.append(f"{metrics['engine_restarts']} engines died")
     files: dict[str, int] = {}
-    for _ in range(5):  # the connections of the last questions need a moment to go
-        await asyncio.sleep(0.2)
+    for _ in range(6):  # the last questions' connections need a moment to go, and processes to give back what they freed
+        await asyncio.sleep(0.5)
         for name, pid in processes(server.process.pid):
             files[name] = min(open_files(pid), files.get(name, sys.maxsize))
     memory = {name: own_memory_bytes(pid) for name, pid in processes(server.process.pid)}

@@ -109,15 +109,28 @@ def _tile(q: Tensor, k: Tensor, v: Tensor, ahead: int, layer: AttnLayer) -> Tens
         folded = q.view(1, layer.num_kv_heads, group, layer.head_dim)
         return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=layer.scale).reshape(q.shape)
     heads = q.view(num_queries, layer.num_kv_heads, group, layer.head_dim).permute(1, 2, 0, 3)
-    shape = (layer.num_kv_heads, group, num_keys, layer.head_dim)
-    found = F.scaled_dot_product_attention(
-        heads,
-        keys[:, None].expand(shape),
-        values[:, None].expand(shape),
-        attn_mask=_mask(num_queries, num_keys, ahead, layer.window, q.device),
-        scale=layer.scale,
-    )  # [num_kv_heads, group, num_queries, head_dim]
+    mask = _mask(num_queries, num_keys, ahead, layer.window, q.device)
+    masked = _plain if q.is_cuda else _fused
+    found = masked(heads, keys, values, mask, layer.scale)  # [num_kv_heads, group, num_queries, head_dim]
     return found.permute(2, 0, 1, 3).reshape(q.shape)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of queries [num_kv_heads, group, num_queries, head_dim] by torch's choice of kernel."""
+    shape = (*q.shape[:2], *k.shape[1:])
+    k, v = k[:, None].expand(shape), v[:, None].expand(shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same by products in float32.
+
+    On CUDA torch would choose its memory-efficient kernel, whose last row is wrong where the queries are one more than a
+    multiple of 64 (torch 2.11; other faults of that kernel with a mask: pytorch/pytorch 191937 and 187227).
+    """
+    scores = q.flatten(1, 2).float() @ k.transpose(1, 2).float() * scale  # a group's queries side by side
+    weights = scores.view(*q.shape[:3], -1).masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights.flatten(1, 2) @ v.float()).view(q.shape).to(q.dtype)
 
 
 def _mask(num_queries: int, num_keys: int, ahead: int, window: int | None, device: torch.device) -> Tensor:

@@ -19,12 +19,14 @@ from minivllm.child import FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.client import Steers, obey
 from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
+from minivllm.memory import give_back
 from minivllm.records import EngineOutput
 from minivllm.types import REFUSED, EngineInfo, GenerateRequest, TokenEvent
 
 log = logging.getLogger("minivllm")
 COMPILE_S: Final = 12.0  # of a kernel that was not compiled beforehand: expected, and waited for five times as long
 BEAT_S: Final = 1.0  # between words of an engine that has work but nothing to say
+IDLE_S: Final = 0.5  # without work, after which freed memory is given back
 
 
 class Steps(Steers, Protocol):
@@ -72,6 +74,7 @@ class EngineServer:
         self._said_s = 0.0  # when something was last sent
         self._frames = FrameReader(ToEngine)  # type: ignore[arg-type]
         self._open = True
+        self._tidy = True  # nothing was computed since memory was given back
 
     def run(self) -> int:
         """Serve until the other side closes. Returns the exit code."""
@@ -108,6 +111,7 @@ class EngineServer:
 
     def _step(self, engine: Steps) -> int | None:
         """Go on by a step, and tell what came of it. An exit code: this process is good for nothing more."""
+        self._tidy = False
         try:
             output = engine.step()
         except errors.DeviceLost as lost:
@@ -129,12 +133,18 @@ class EngineServer:
     def _receive(self, wait: bool) -> list[object]:
         """Messages that are there; with ``wait``, at least one chunk of bytes is waited for."""
         messages: list[object] = []
-        while self._open and select.select([self._sock], [], [], None if wait else 0)[0]:
+        if wait and not self._tidy and not self._readable(IDLE_S):
+            give_back()
+            self._tidy = True
+        while self._open and self._readable(None if wait else 0):
             data = self._sock.recv(1 << 16)
             self._open = bool(data)
             messages += self._frames.feed(data)
             wait = False
         return messages
+
+    def _readable(self, timeout_s: float | None) -> bool:
+        return bool(select.select([self._sock], [], [], timeout_s)[0])
 
     def _send(self, message: FromEngine) -> None:
         self._said_s = time.monotonic()

@@ -19,6 +19,7 @@ NEAR_TIE = 5e-4  # of float32 logits whose spread is several units: above roundi
 def compare(model: Model, requests: Sequence[Request], earlier: Sequence[Mapping[str, Request]]) -> Agreement:
     """Compare each request's output with that of the first of ``earlier`` runs that has it."""
     compared = equal = near = 0
+    widest = 0.0
     for request in requests:
         other = next((run[request.id] for run in earlier if request.id in run), None)
         if other is None:
@@ -26,15 +27,17 @@ def compare(model: Model, requests: Sequence[Request], earlier: Sequence[Mapping
         compared += 1
         if all(a == b for a, b in zip(other.output, request.output, strict=False)):  # one of them may be cut short
             equal += 1
-        elif _near_tie(model, request, other):
-            near += 1
-    return Agreement(compared, equal, near, compared - equal - near)
+            continue
+        behind = _behind(model, request, other)
+        near += behind < NEAR_TIE
+        widest = max(widest, behind)
+    return Agreement(compared, equal, near, compared - equal - near, widest)
 
 
-def _near_tie(model: Model, one: Request, other: Request) -> bool:
-    """Whether both tokens at the place where the texts part are as good as the best."""
+def _behind(model: Model, one: Request, other: Request) -> float:
+    """How far the worse of both tokens is behind the best one, where the texts part."""
     at = next(i for i, (a, b) in enumerate(zip(one.output, other.output, strict=False)) if a != b)
     text = [*one.prompt, *one.output[:at]]
     logits, _ = model(rectangle([text]), rectangle([list(range(len(text)))]), keep=False)
     behind = logits[0].max() - logits[0][torch.tensor([one.output[at], other.output[at]], device=logits.device)]
-    return bool(behind.max() < NEAR_TIE)
+    return float(behind.max())

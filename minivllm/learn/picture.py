@@ -1,6 +1,7 @@
 """The ladder as one PNG, for pages that hold no HTML. Needs matplotlib (the extra ``learn``)."""
 
 from io import BytesIO
+from math import log10
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from minivllm.learn.page import colour_of, shares_of
 from minivllm.learn.report import headline
-from minivllm.learn.result import Ladder, write_file
+from minivllm.learn.result import Ladder, RungResult, write_file
 from minivllm.learn.steps import duration, ratio, size, steps
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
@@ -135,20 +136,14 @@ def _roof(axis: Any, ladder: Ladder) -> None:
     bottom = min(r.flops_per_s for r in ladder.ran) / 2
     axis.plot([low, m.ridge, high], [low * m.bytes_per_s, m.flops_per_s, m.flops_per_s], color=SOFT, lw=2)
     axis.text(high, m.flops_per_s * 1.12, f"{m.flops_per_s / 1e9:,.0f} GFLOP/s", ha="right", color=SOFT)
-    groups: list[tuple[float, float, list[str]]] = []
+    top = m.flops_per_s * 2
     for r in ladder.ran:
         axis.plot(r.intensity, r.flops_per_s, "o", color=COLOURS[colour_of(r)], ms=8)
-        close = (names for x, y, names in groups if 0.83 < x / r.intensity < 1.2 and 0.86 < y / r.flops_per_s < 1.16)
-        near = next(close, None)
-        if near is None:
-            groups.append((r.intensity, r.flops_per_s, [r.name]))
-        else:
-            near.append(r.name)
-    for x, y, names in groups:
-        shift, side = (1.14, "left") if len(names) == 1 else (1 / 1.14, "right")
-        axis.text(x * shift, y, ", ".join(names), va="center", ha=side, fontweight="bold")
+    for x, y, words, on_the_left in _labels(ladder, log10(high / low), log10(top / bottom)):
+        shift, side = (1 / 1.14, "right") if on_the_left else (1.14, "left")
+        axis.text(x * shift, y, words, va="center", ha=side, fontweight="bold")
     axis.set_xlim(low, high)
-    axis.set_ylim(max(bottom, low * m.bytes_per_s / 8), m.flops_per_s * 2)
+    axis.set_ylim(bottom, top)
     axis.set_xlabel("operations for each byte moved", color=SOFT)
     axis.set_ylabel("GFLOP/s", color=SOFT)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
@@ -158,6 +153,29 @@ def _roof(axis: Any, ladder: Ladder) -> None:
     axis.tick_params(which="both", length=0, colors=SOFT)
     axis.grid(color=RULE)
     axis.spines[:].set_visible(False)
+
+
+def _labels(ladder: Ladder, width: float, height: float) -> list[tuple[float, float, str, bool]]:
+    """The points' names, those of points that lie on one another as one: place, words, and whether they stand on the left, out
+    of the way of others on the right. ``width`` and ``height`` of the drawing are in powers of ten."""
+
+    def apart(x: float, y: float, other: RungResult) -> tuple[float, float]:
+        return log10(other.intensity / x) / width, abs(log10(other.flops_per_s / y)) / height
+
+    groups: list[tuple[float, float, list[str]]] = []
+    for r in ladder.ran:
+        for x, y, names in groups:
+            right, up = apart(x, y, r)
+            if abs(right) < 0.03 and up < 0.04:
+                names.append(r.name)
+                break
+        else:
+            groups.append((r.intensity, r.flops_per_s, [r.name]))
+    found = []
+    for x, y, names in groups:
+        others = [apart(x, y, r) for r in ladder.ran if r.name not in names]
+        found.append((x, y, ", ".join(names), any(0 < right < 0.15 and up < 0.03 for right, up in others)))
+    return found
 
 
 def _key(axis: Any, handles: list[Any]) -> None:

@@ -42,6 +42,8 @@ def remarks(ladder: Ladder) -> tuple[str, ...]:
             found.append(
                 f"Rung {rung.name} gave other texts for {rung.agreement.different} of {rung.agreement.compared} requests."
             )
+    if widest := max(rung.agreement.widest for rung in ladder.ran):
+        found.append(f"Where texts part, the logits of both tokens are within {widest:.1g} of the best one.")
     return tuple(found)
 
 

@@ -27,6 +27,7 @@ class Agreement(msgspec.Struct, frozen=True):
     equal: int
     near_ties: int  # they part where the model's two best tokens are as good as equal
     different: int  # they part elsewhere
+    widest: float = 0.0  # where texts part: the most that a token's logit is behind the best one's
 
 
 class RungResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
+from minivllm.memory import give_back
 from minivllm.server.application import create_metrics_app
 from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain
@@ -173,9 +174,15 @@ async def _until_stopped(server: Server, llm: "AsyncLLM", pump: "asyncio.Task[No
     stopping = asyncio.create_task(server.stopping.wait())
     loop = asyncio.get_running_loop()
     next_line_s = loop.time() + LOG_EVERY_S
+    tidy = True  # nobody asked for anything since memory was given back
     while not stopping.done() and not pump.done() and llm.alive:
         await asyncio.wait({stopping, pump}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
         server.tick()
+        if server.drain.num_open:
+            tidy = False
+        elif not tidy:
+            give_back()
+            tidy = True
         if sys.__stderr__ is not None:  # the process's own: who embeds a server may have put anything in its place
             faulthandler.dump_traceback_later(STUCK_S, file=sys.__stderr__)  # unless this loop turns before
         if loop.time() >= next_line_s:

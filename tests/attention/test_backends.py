@@ -21,6 +21,7 @@ from minivllm.kernels.ops import reference_ops
 BACKENDS = (TorchAttention, InvariantAttention, NativeAttention)
 INVARIANT = (InvariantAttention, NativeAttention)  # whose bits depend on positions alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 NUM_BLOCKS, MAX_ROWS, MAX_BLOCKS = 150, 12, 40
 NO_BLOCK = 1 << 30  # stands in a table past a row's last block
 
@@ -169,6 +170,27 @@ def test_precisions(make: Any, backend_class: Any, dtype: torch.dtype, kv_dtype:
     exact = dtype == torch.float32 and backend_class is not TorchAttention
     scene = Scene(make(backend_class, asked), asked, lengths)
     scene.check(steps, layer_of(asked, 20), **(EXACT if exact else {"rtol": 0.02, "atol": 0.02}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_torch_attention_of_every_number_of_queries(device: str, dtype: torch.dtype) -> None:
+    """Torch's own choice of kernel is wrong on CUDA where the queries are one more than a multiple of 64."""
+    asked = need(4, 2, dtype=dtype, kv_dtype=dtype, device=torch.device(device))
+    backend, layer, extra = TorchAttention(asked, reference_ops()), layer_of(asked), 23
+    generator = torch.Generator().manual_seed(0)
+    cache = KVLayer(*(torch.randn(shape, generator=generator).to(device, dtype) for shape in backend.pool_shapes(32)))
+    ids = np.arange(32, dtype=np.int32)[None]
+    for num_queries in range(1, 300):
+        context = num_queries + extra
+        q, k, v = (torch.randn((num_queries, n, 32), generator=generator).to(device, dtype) for n in (4, 2, 2))
+        slots = torch.arange(extra, context, device=device)
+        meta = AttnMeta(np.array([0, num_queries]), np.array([context]), np.array([0]), ids, 16, slots)
+        found = backend.run(backend.plan(meta), layer, torch.cat((q, k, v), dim=1), None, cache)
+        keys, values = (pool.view(-1, 2, 32)[:context] for pool in (cache.k, cache.v))
+        expected = reference.attention(q.float(), keys, values, extra, layer.scale, None)
+        bounds = EXACT if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(found.float(), expected, msg=lambda m, n=num_queries: f"{n} queries: {m}", **bounds)
 
 
 @pytest.mark.parametrize("scale", [20.0, -20.0])
