@@ -161,7 +161,7 @@ def test_numbers_of_the_ladder(told: dict[int, str], repo: Path) -> None:
     assert f"{cost['4k']['tokens']:,} tokens {found:,} are found, and {cost['5']['tokens']:,} are left" in told[5]
     assert cost["4k"]["tokens"] - found == cost["5"]["tokens"]
     waited = {rung["name"]: rung["ttft_s"]["p50"] for rung in measured}
-    assert f"after {waited['3']:.0f} s instead of {waited['2']:.0f}" in told[3]
+    assert f"after {waited['3']:.1f} s instead of {waited['2']:.1f}" in told[3]
 
 
 def test_numbers_of_chunks(told: dict[int, str]) -> None:
