@@ -174,6 +174,17 @@ class TooManyConnections(RequestError):
         super().__init__("The server has as many connections as it can serve; retry in a moment.")
 
 
+class TooManyReaders(RequestError):
+    """As many clients as may stream the engine's steps do so."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+    retry_after_s = 10
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"{most} clients stream steps, and more may not; ask for pages (GET /steps?since=N), or retry later.")
+
+
 class ServerDraining(RequestError):
     """The server was asked to stop and takes no new work."""
 

@@ -83,8 +83,8 @@ class Steps:
         """The state as it is, and no records."""
         return Page(self._state.snapshot(), [], self.next)
 
-    def read(self, since: int | None, limit: int) -> Page:
-        """At most ``limit`` records, and at most ``PAGE_BYTES`` of them but for one, from number ``since`` on; from the oldest
+    def read(self, since: int | None, limit: int, most_bytes: int = PAGE_BYTES) -> Page:
+        """At most ``limit`` records, and at most ``most_bytes`` of them but for one, from number ``since`` on; from the oldest
         on, behind a base, where that is not given, is not there any more or never was."""
         oldest = self._segments[0]
         known = since is not None and oldest.first <= since <= self.next
@@ -96,7 +96,7 @@ class Steps:
                 continue
             for line in segment.records[at - segment.first :]:
                 num_bytes += len(line)
-                if len(found) == limit or (found and num_bytes > PAGE_BYTES):
+                if len(found) == limit or (found and num_bytes > most_bytes):
                     return Page(None if known else oldest.before, found, at)
                 found.append(line)
                 at += 1

@@ -76,7 +76,7 @@ def create_app(llm: "AsyncLLM", config: Config, sampling_defaults: Mapping[str, 
         app.include_router(route.router)
     app.include_router(page.router())
     if config.observe.step_records:
-        app.include_router(steps.router)
+        app.include_router(steps.router())
     if config.server.metrics_port is None:
         app.include_router(metrics.router)
     _describe_bodies(app)

@@ -23,11 +23,12 @@ from minivllm.config import ServerConfig
 from minivllm.errors import HeadersTooLong, MalformedBody, RequestError, RequestTooSlow, TooManyConnections
 from minivllm.server.drain import ClientGone
 from minivllm.server.replies import error_body, retry_after
-from minivllm.server.sse import SEND_CHUNK, Outwait, SendChunk
+from minivllm.server.sse import SEND_CHUNK, WIDEN, Outwait, SendChunk
 
 MAX_PIPELINED: Final = 8  # requests that wait behind a running one on the same connection
 LINGER_S: Final = 1.0
 HIGH_WATER_BYTES: Final = 2 * 2**10  # of a reply that the kernel does not take: then its stream waits
+WIDE_BUFFER_BYTES: Final = 256 * 2**10  # what the kernel may hold for a reader who gets megabytes a second
 NO_LINGER: Final = struct.pack("ii", 1, 0)
 HEADER_OVERHEAD_BYTES: Final = 4  # ": " and CRLF
 
@@ -170,7 +171,7 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
             if not self.pipeline:
                 self._answering = self.cycle
-            self.scope["extensions"] = {SEND_CHUNK: {"send": chunk_sender(self.cycle)}}
+            self.scope["extensions"] = {SEND_CHUNK: {"send": chunk_sender(self.cycle)}, WIDEN: {"call": self._widen}}
             if self.parser.should_upgrade():  # nothing else is spoken here, and what follows would not be parsed
                 self.cycle.keep_alive = False
 
@@ -219,6 +220,12 @@ class Connection(HttpToolsProtocol):
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self.transport.abort()
+
+    def _widen(self) -> None:
+        """With the buffer that suits tokens, a stream of steps waits for this loop's next turn after each 32 KiB."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WIDE_BUFFER_BYTES)
 
     def resume_writing(self) -> None:
         """The client reads again."""

@@ -32,6 +32,7 @@ from minivllm.server.serving import Serving
 from minivllm.types import RequestOutput
 
 SEND_CHUNK: Final = "minivllm.send_chunk"  # extension of the ASGI scope: "send" is a ``SendChunk`` of the connection itself
+WIDEN: Final = "minivllm.widen"  # another: "call" lets the kernel hold more of this reply, for the few readers who get much
 STATUS_AFTER_S = 1.0  # a request that is still queued then gets its 200 before its first token
 Writable = Callable[[], Awaitable[None]]  # returns when the client reads again
 Outwait = Callable[[Writable], Awaitable[None]]  # how a sender waits for that

@@ -10,6 +10,9 @@ import httpx
 import pytest
 from scripted_engine import Live
 
+from minivllm.server.connection import WIDE_BUFFER_BYTES, Connection
+from minivllm.server.routes import steps as routes
+
 Until = Callable[[Callable[[], bool]], None]
 
 
@@ -148,6 +151,66 @@ def test_a_reader_that_falls_behind_begins_anew(start: Callable[..., Live], unti
     generate(live, 5)
     until(lambda: b"event: steps\n" in sock.recv(2**16))
     sock.close()
+
+
+def test_events_are_of_a_bounded_size(start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came meanwhile comes in several, none of it late."""
+    monkeypatch.setattr(routes, "EVENT_BYTES", 4_000)
+    monkeypatch.setattr(routes, "EVERY_S", 0.5)
+    live = start()
+    with httpx.stream("GET", live.url + "/steps?stream=true", timeout=30) as stream:
+        lines = stream.iter_lines()
+        while not next(lines).startswith("data: "):
+            pass
+        generate(live, 200)
+        sizes: list[int] = []
+        found: list[int] = []
+        while len(found) < 200:
+            line = next(lines)
+            if line.startswith("data: "):
+                sizes.append(len(line))
+                found += [record["seq"] for record in json.loads(line.removeprefix("data: "))["steps"]]
+    assert found == list(range(200))
+    assert len(sizes) > 10 and max(sizes) < 5_000
+
+
+def test_only_so_many_streams_at_once(start: Callable[..., Live], until: Until, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MOST_STREAMS", 2)
+    live = start()
+    socks = [ask_and_not_read(live) for _ in range(2)]
+    until(lambda: len(live.server._state.tasks) == 2)
+    until(lambda: httpx.get(live.url + "/steps?stream=true").status_code == 503)
+    reply = httpx.get(live.url + "/steps?stream=true")
+    assert reply.json()["error"]["message"].startswith("2 clients stream steps")
+    assert reply.headers["retry-after"] == "10"
+    steps(live)  # pages are there for everybody
+    for sock in socks:
+        sock.close()
+
+    def taken() -> bool:
+        with httpx.stream("GET", live.url + "/steps?stream=true") as stream:
+            return stream.status_code == 200
+
+    until(taken)
+
+
+def test_a_stream_of_steps_has_a_wide_buffer_and_a_stream_of_tokens_has_not(
+    start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    widen = Connection._widen
+
+    def look(connection: Connection) -> None:
+        widen(connection)
+        found.append(connection.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+
+    monkeypatch.setattr(Connection, "_widen", look)
+    live = start(delay_s=0.01)
+    with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 5}) as tokens:
+        assert tokens.read() and not found
+    with httpx.stream("GET", live.url + "/steps?stream=true") as stream:
+        next(events(stream))
+    assert len(found) == 1 and found[0] >= WIDE_BUFFER_BYTES
 
 
 def test_streams_end_with_their_readers_and_hold_up_no_stop(start: Callable[..., Live], until: Until) -> None:
