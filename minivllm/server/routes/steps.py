@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from minivllm.errors import InvalidRequest, TooManyReaders
 from minivllm.observe.state import Snapshot
@@ -31,10 +32,29 @@ MOST_STREAMS: Final = 64
 
 
 class Streams:
-    """How many are open. Written by themselves."""
+    """How many are open. Written by ``_Stream``."""
 
     def __init__(self) -> None:
         self.num_open = 0
+
+
+class _Stream(StreamingResponse):
+    """A stream that counts while it is sent, and of which the kernel may hold more than of others."""
+
+    def __init__(self, streams: Streams, events: AsyncIterator[bytes]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it until the reader or the server goes."""
+        if (widen := scope.get("extensions", {}).get(WIDEN)) is not None:
+            widen["call"]()
+        self._streams.num_open += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams.num_open -= 1
 
 
 def router() -> APIRouter:
@@ -55,11 +75,7 @@ async def steps(streams: Streams, request: Request, since: str = "", limit: str 
             raise InvalidRequest("A stream of steps begins now and does not end; leave out since and limit.", "stream")
         if streams.num_open >= MOST_STREAMS:
             raise TooManyReaders(MOST_STREAMS)
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        widen = request.scope.get("extensions", {}).get(WIDEN)
-        if widen is not None:
-            widen["call"]()
-        return StreamingResponse(_counted(streams, _events(s)), media_type="text/event-stream", headers=headers)
+        return _Stream(streams, _events(s))
     number, most = _whole(since, "since"), _whole(limit, "limit")
     kept = s.llm.steps
     page = kept.now() if most == 0 and number is None else kept.read(number, DEFAULT_LIMIT if most is None else most)
@@ -85,16 +101,6 @@ async def _body(s: Serving, following: int, base: Snapshot | None, records: list
     if records is not None:
         parts.append(b',"steps":[%b]' % b",".join(records))
     return b"".join([*parts, b',"next":%d}' % following])
-
-
-async def _counted(streams: Streams, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events of a stream that counts while they come."""
-    streams.num_open += 1
-    try:
-        async for event in events:
-            yield event
-    finally:
-        streams.num_open -= 1
 
 
 async def _events(s: Serving) -> AsyncIterator[bytes]:
