@@ -439,7 +439,7 @@ def test_connections_stay_below_the_limit_of_open_files(monkeypatch: pytest.Monk
 
 def test_a_server_with_few_files_tells_strangers_so_and_goes_on(tokenizer_folder: Path) -> None:
     program = Path(scripted_engine.__file__)
-    command = [sys.executable, str(program), str(tokenizer_folder), "{}"]
+    command = [sys.executable, str(program), str(tokenizer_folder), '{"header_timeout_s": 300}']
     env = {**os.environ, "PYTHONPATH": str(program.parents[2])}
     # 128 files: 64 connections, at most 32 more at a time that are told why not, the others are closed at once. One that is
     # just being taken counts twice for a moment, so how many are told is a matter of time.
