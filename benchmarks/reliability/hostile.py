@@ -211,12 +211,15 @@ def tree(pid: int) -> list[int]:
 
 def lasting(pid: int) -> set[int]:
     """The processes of a server but its helpers, which are replaced when a stranger's program goes beyond its limits. One that
-    is about to be a helper still has the server's own command line."""
+    is about to be a helper still has the server's own command line, or none: each is read once, since it changes meanwhile."""
 
     def command(each: int) -> bytes:
         return Path(f"/proc/{each}/cmdline").read_bytes()
 
-    return {pid} | {each for each in tree(pid) if b"helper_process" not in command(each) and command(each) != command(pid)}
+    def lasts(told: bytes) -> bool:
+        return b"helper_process" not in told and told not in (b"", command(pid))
+
+    return {pid} | {each for each in tree(pid) if lasts(command(each))}
 
 
 def resident_mib(pid: int) -> float:
