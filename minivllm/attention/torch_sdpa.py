@@ -125,8 +125,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same by products in float32.
 
-    On CUDA torch would choose its memory-efficient kernel, whose last row is wrong where the queries are one more than a
-    multiple of 64 (torch 2.11; other faults of that kernel with a mask: pytorch/pytorch 191937 and 187227).
+    On CUDA torch would choose its memory-efficient kernel, which was seen to be wrong where the queries are one more than a
+    multiple of 64 (torch 2.11, float32; other faults of that kernel with a mask: pytorch/pytorch 191937 and 187227).
     """
     scores = q.flatten(1, 2).float() @ k.transpose(1, 2).float() * scale  # a group's queries side by side
     weights = scores.view(*q.shape[:3], -1).masked_fill(~mask, float("-inf")).softmax(-1)

@@ -19,7 +19,7 @@ from minivllm.child import FrameReader, encode
 from minivllm.config import Config
 from minivllm.engine.client import Steers, obey
 from minivllm.engine.ipc import Abort, Add, Beat, Failed, FromEngine, Launching, Pause, Resume, Start, Stop, ToEngine
-from minivllm.memory import give_back
+from minivllm.heap import give_back
 from minivllm.records import EngineOutput
 from minivllm.types import REFUSED, EngineInfo, GenerateRequest, TokenEvent
 

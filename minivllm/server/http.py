@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from minivllm.config import Config, ServerConfig
-from minivllm.memory import give_back
+from minivllm.heap import give_back
 from minivllm.server.application import create_metrics_app
 from minivllm.server.connection import Capacity, Connection
 from minivllm.server.drain import Drain

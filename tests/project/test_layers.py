@@ -12,7 +12,7 @@ import pytest
 # Lowest first; rooms of one layer do not see each other. A name is a folder or a file of the package, the longest that fits.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "config", "model_files", "child", "logs", "memory"),
+    ("types", "config", "model_files", "child", "logs", "heap"),
     ("records",),
     ("kv", "kernels", "text", "observe"),
     ("scheduler", "attention", "layers", "quant", "lora", "sampling", "parallel.comm"),

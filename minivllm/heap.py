@@ -1,4 +1,4 @@
-"""Memory that a process has freed and its allocator has kept.
+"""The process's heap: memory that it has freed and its allocator has kept.
 
 glibc keeps freed memory for the next request. A page goes back to the system only from the top of the heap, and one small block
 that lives on holds everything below it: after hours of grammars and texts of all sizes a process is larger than what it holds.

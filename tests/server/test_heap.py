@@ -21,7 +21,7 @@ from minivllm.types import EngineInfo, GenerateRequest, SamplingParams
 Until = Callable[[Callable[[], bool]], None]
 HOLES = """
 from pathlib import Path
-from minivllm.memory import give_back
+from minivllm.heap import give_back
 
 def own_kib():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
